@@ -1,0 +1,323 @@
+package egress
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"culvert/tunnel"
+)
+
+// Config says how traffic leaves. The zero value is usable.
+type Config struct {
+	Local4, Local6  netip.Addr    // source addresses; invalid: the kernel chooses
+	Public          []netip.Addr  // further addresses under which this host is reached, as behind a 1:1 NAT
+	Idle            time.Duration // an association without a datagram ends after it; 0: 2 minutes
+	DialTimeout     time.Duration // for one TCP connection; 0: 10 s
+	MaxAssociations int           // of all sessions together; 0: 100,000. Where the process may open fewer files: 80 % of these
+}
+
+// Stats are counters since New, and live figures.
+type Stats struct {
+	Associations int
+	Streams      int
+	Sent         uint64 // datagrams that the kernel or a hairpin took
+	Received     uint64 // datagrams delivered
+	Dropped      map[string]uint64
+}
+
+// Reasons for drops.
+const (
+	dropFull     = "egress_full"     // the socket's send buffer, or too many hairpinned at once
+	dropFiltered = "egress_filtered" // from an address that was not sent to
+	dropError    = "egress_error"    // the kernel refused
+)
+
+// Egress is the last stage of a path. Its methods may be called concurrently.
+type Egress struct {
+	cfg    Config
+	epoch  time.Time
+	stop   chan struct{}
+	wg     sync.WaitGroup // the sweeper, and one reader for each socket
+	own    ownAddrs
+	sent   atomic.Uint64
+	recvd  atomic.Uint64
+	full   atomic.Uint64
+	filter atomic.Uint64
+	failed atomic.Uint64
+
+	mu      sync.RWMutex
+	closed  bool
+	assocs  map[*association]struct{}
+	streams map[*stream]struct{}
+	ports   map[mapping]*socket
+}
+
+// mapping names a socket. All sockets of a family are bound to the same
+// address, so the port is enough.
+type mapping struct {
+	v6   bool
+	port uint16
+}
+
+// New returns an Egress. Errors name the field.
+func New(cfg Config) (*Egress, error) {
+	if cfg.Local4.IsValid() && !cfg.Local4.Is4() {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Local4: %s is not an IPv4 address", cfg.Local4)
+	}
+	if cfg.Local6.IsValid() && (!cfg.Local6.Is6() || cfg.Local6.Is4In6()) {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Local6: %s is not an IPv6 address", cfg.Local6)
+	}
+	if cfg.Idle < 0 || cfg.DialTimeout < 0 || cfg.MaxAssociations < 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Idle, DialTimeout and MaxAssociations can not be negative")
+	}
+	if cfg.Idle == 0 {
+		cfg.Idle = 2 * time.Minute
+	}
+	if cfg.DialTimeout == 0 {
+		cfg.DialTimeout = 10 * time.Second
+	}
+	if cfg.MaxAssociations == 0 {
+		cfg.MaxAssociations = 100000
+	}
+	if n := maxFiles(); n > 0 {
+		// An association takes one descriptor, with both families two. The rest is
+		// for streams, listeners and lookups.
+		cfg.MaxAssociations = min(cfg.MaxAssociations, max(n/5*4, 1))
+	}
+	e := &Egress{
+		cfg: cfg, epoch: time.Now(), stop: make(chan struct{}),
+		assocs: map[*association]struct{}{}, streams: map[*stream]struct{}{}, ports: map[mapping]*socket{},
+	}
+	e.own.refresh(cfg)
+	e.wg.Add(1)
+	go e.sweep()
+	return e, nil
+}
+
+// now is monotonic, and cheaper to keep in an atomic than a time.Time.
+func (e *Egress) now() int64 { return int64(time.Since(e.epoch)) }
+
+// sweep ends idle associations and follows the host's addresses.
+func (e *Egress) sweep() {
+	defer e.wg.Done()
+	tick := time.NewTicker(max(min(e.cfg.Idle/4, 5*time.Second), time.Millisecond))
+	defer tick.Stop()
+	addrs := time.NewTicker(30 * time.Second)
+	defer addrs.Stop()
+	for {
+		select {
+		case <-e.stop:
+			return
+		case <-addrs.C:
+			e.own.refresh(e.cfg)
+		case <-tick.C:
+			oldest := e.now() - int64(e.cfg.Idle)
+			var idle []*association
+			e.mu.RLock()
+			for a := range e.assocs {
+				if !a.held && a.used.Load() < oldest {
+					idle = append(idle, a)
+				}
+			}
+			e.mu.RUnlock()
+			for _, a := range idle {
+				a.end(tunnel.Errorf(tunnel.TimedOut, "no datagram passed for %s, so the association has ended; open another one", e.cfg.Idle))
+			}
+		}
+	}
+}
+
+// Close ends every association and stream and waits for its goroutines. It must
+// not be called by a Receiver.
+func (e *Egress) Close() error {
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		e.wg.Wait()
+		return nil
+	}
+	e.closed = true
+	close(e.stop)
+	assocs, streams := maps.Clone(e.assocs), maps.Clone(e.streams)
+	e.mu.Unlock()
+	for a := range assocs {
+		a.end(errStopped)
+	}
+	for s := range streams {
+		s.Abort(errStopped)
+	}
+	e.wg.Wait()
+	return nil
+}
+
+var errStopped = tunnel.Errorf(tunnel.ProxyStopped, "the proxy has stopped; start it again")
+
+// Stats may be called at any time.
+func (e *Egress) Stats() Stats {
+	e.mu.RLock()
+	a, s := len(e.assocs), len(e.streams)
+	e.mu.RUnlock()
+	st := Stats{Associations: a, Streams: s, Sent: e.sent.Load(), Received: e.recvd.Load(), Dropped: map[string]uint64{}}
+	for reason, n := range map[string]uint64{dropFull: e.full.Load(), dropFiltered: e.filter.Load(), dropError: e.failed.Load()} {
+		if n > 0 {
+			st.Dropped[reason] = n
+		}
+	}
+	return st
+}
+
+// check refuses what no guard should have let through.
+func check(to tunnel.Target) error {
+	a := to.Addr
+	switch {
+	case !a.IsValid():
+		return tunnel.Errorf(tunnel.NameUnresolved, "%q has not been resolved to an address", to.Host)
+	case a.Is4In6():
+		// The policy has judged another form of this address than the one that would be used.
+		return tunnel.Errorf(tunnel.Unsupported, "%s is an IPv4 address in IPv6 form; use the IPv4 address", a)
+	case a.Zone() != "":
+		return tunnel.Errorf(tunnel.Unsupported, "%s names a network interface of the far end; use an address without a zone", a)
+	case a.IsUnspecified(), a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return tunnel.Errorf(tunnel.Unsupported, "%s is not the address of one host; use a unicast address", a)
+	case to.Port == 0:
+		return tunnel.Errorf(tunnel.Unsupported, "port 0 of %s can not be reached; name a port", a)
+	}
+	return nil
+}
+
+// explain makes a sentence of a socket's error.
+func explain(to string, err error) error {
+	code := tunnel.CodeOf(err)
+	if errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EINVAL) {
+		code = tunnel.NetworkUnreachable
+	}
+	var t interface{ Timeout() bool }
+	if code == tunnel.Internal && errors.As(err, &t) && t.Timeout() {
+		code = tunnel.TimedOut
+	}
+	var what string
+	switch code {
+	case tunnel.ConnectionRefused:
+		what = "%s refused: nothing listens on that port (%w)"
+	case tunnel.HostUnreachable:
+		what = "%s is not reachable: its network says that the host does not answer; check the address and firewalls there (%w)"
+	case tunnel.NetworkUnreachable:
+		what = "%s is not reachable: the cloud proxy has no route or no address of that family; use another address (%w)"
+	case tunnel.TimedOut:
+		what = "%s did not answer in time; check that it runs and that no firewall drops the traffic (%w)"
+	case tunnel.NotPermitted:
+		what = "%s is not reachable: the host that runs the proxy does not permit it; check its firewall (%w)"
+	default:
+		what = "%s can not be reached: %w"
+	}
+	return tunnel.Errorf(code, what, to, err)
+}
+
+// OpenStream dials. See tunnel.Opener.
+func (e *Egress) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
+	if err := check(to); err != nil {
+		return nil, err
+	}
+	d := net.Dialer{
+		Timeout:         e.cfg.DialTimeout,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 15 * time.Second, Count: 6},
+	}
+	network, local := "tcp4", e.cfg.Local4
+	if to.Addr.Is6() {
+		network, local = "tcp6", e.cfg.Local6
+	}
+	if local.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
+	}
+	c, err := d.DialContext(ctx, network, to.AddrPort().String())
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, explain(to.String(), context.Cause(ctx))
+		}
+		return nil, explain(to.String(), err)
+	}
+	s := &stream{TCPConn: c.(*net.TCPConn), e: e}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		s.TCPConn.Close()
+		return nil, errStopped
+	}
+	e.streams[s] = struct{}{}
+	return s, nil
+}
+
+// stream is a TCP connection.
+type stream struct {
+	*net.TCPConn
+	e *Egress
+}
+
+func (s *stream) Close() error {
+	s.forget()
+	return s.TCPConn.Close()
+}
+
+// Abort closes with RST.
+func (s *stream) Abort(error) {
+	s.forget()
+	s.SetLinger(0)
+	s.TCPConn.Close()
+}
+
+func (s *stream) forget() {
+	s.e.mu.Lock()
+	delete(s.e.streams, s)
+	s.e.mu.Unlock()
+}
+
+// ownAddrs are the addresses of this host. They are replaced, never changed.
+type ownAddrs struct {
+	set atomic.Pointer[map[netip.Addr]bool]
+	any [2]bool // the family (0: IPv4) is bound to the wildcard; fixed by the first refresh
+}
+
+func (o *ownAddrs) refresh(cfg Config) {
+	m := map[netip.Addr]bool{}
+	for _, a := range append([]netip.Addr{cfg.Local4, cfg.Local6}, cfg.Public...) {
+		if a.IsValid() {
+			m[a.Unmap()] = true
+		}
+	}
+	any4, any6 := !cfg.Local4.IsValid(), !cfg.Local6.IsValid()
+	if o.set.Load() == nil {
+		o.any = [2]bool{any4, any6}
+	}
+	nets, _ := net.InterfaceAddrs() // without them only the configured ones are known
+	for _, n := range nets {
+		if p, ok := n.(*net.IPNet); ok {
+			if a, ok := netip.AddrFromSlice(p.IP); ok {
+				if a = a.Unmap(); a.Is4() && any4 || a.Is6() && any6 {
+					m[a] = true
+				}
+			}
+		}
+	}
+	o.set.Store(&m)
+}
+
+func (o *ownAddrs) has(a netip.Addr) bool {
+	if a.IsLoopback() && o.any[family(a)] {
+		return true // all of 127.0.0.0/8
+	}
+	return (*o.set.Load())[a]
+}
+
+func family(a netip.Addr) int {
+	if a.Is6() {
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,116 @@
+package identity
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"io"
+	"os"
+
+	"culvert/tunnel"
+)
+
+// maxKeyFile bounds what is read, in bytes.
+const maxKeyFile = 64 << 10
+
+// GenerateKey makes a key.
+func GenerateKey() (ed25519.PrivateKey, error) {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	return key, err
+}
+
+// SaveKey writes a private key as PKCS#8 PEM with mode 0600. It never replaces a file.
+func SaveKey(file string, key ed25519.PrivateKey) error {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	return save(file, "PRIVATE KEY", der, 0o600)
+}
+
+// SavePublicKey writes a public key as PKIX PEM with mode 0644. It never replaces a file.
+func SavePublicKey(file string, key ed25519.PublicKey) error {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return err
+	}
+	return save(file, "PUBLIC KEY", der, 0o644)
+}
+
+func save(file, kind string, der []byte, mode os.FileMode) error {
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be written: %w", err)
+	}
+	err = pem.Encode(f, &pem.Block{Type: kind, Bytes: der})
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err != nil {
+		os.Remove(file)
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be written: %w", err)
+	}
+	return nil
+}
+
+func load(file string) (*pem.Block, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be read: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be read: %w", err)
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s holds no key in PEM form; 'culvert-cloudproxy init' makes one", file)
+	}
+	return block, nil
+}
+
+// LoadKey reads a private key. A file that others may read is refused.
+func LoadKey(file string) (ed25519.PrivateKey, error) {
+	if st, err := os.Stat(file); err == nil && st.Mode().Perm()&0o007 != 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s is a private key that every user can read or write; run chmod 600 on it", file)
+	}
+	block, err := load(file)
+	if err != nil {
+		return nil, err
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	key, ok := k.(ed25519.PrivateKey)
+	if err != nil || !ok {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s is not an Ed25519 private key in PKCS#8 form; name the token.key that 'culvert-cloudproxy init' made", file)
+	}
+	return key, nil
+}
+
+// LoadPublicKey reads a public key.
+func LoadPublicKey(file string) (ed25519.PublicKey, error) {
+	block, err := load(file)
+	if err != nil {
+		return nil, err
+	}
+	k, err := x509.ParsePKIXPublicKey(block.Bytes)
+	key, ok := k.(ed25519.PublicKey)
+	if err != nil || !ok {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s is not an Ed25519 public key; name the token.pub that 'culvert-cloudproxy init' made", file)
+	}
+	return key, nil
+}
+
+// LoadKeys reads the public keys of several files.
+func LoadKeys(files ...string) (Keys, error) {
+	k := Keys{}
+	for _, f := range files {
+		p, err := LoadPublicKey(f)
+		if err != nil {
+			return nil, err
+		}
+		k[Thumbprint(p)] = p
+	}
+	return k, nil
+}

@@ -1,0 +1,371 @@
+package cloudproxy
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"culvert/tunnel"
+	"culvert/tunnel/session"
+	"culvert/tunnel/wire"
+)
+
+const (
+	// greetingTime bounds the opening exchange, admission included.
+	greetingTime = 5 * time.Second
+	// maxJoins bounds the connections that have joined a session and live.
+	maxJoins = 16
+	// maxUnadmitted bounds candidates that have not been admitted yet.
+	maxUnadmitted = 1000
+	// defaultDrain is how long live sessions may take to finish at a stop.
+	defaultDrain = 30 * time.Second
+)
+
+// Config is what a cloud proxy needs. Listeners and Authorize are required.
+type Config struct {
+	Listeners []tunnel.Listener
+	Authorize tunnel.Authorize
+	Limits    session.Limits
+	Address   string             // HOST:PORT under which sidecars reach this very instance
+	Region    string             // told to sidecars; may be empty
+	Proxies   []tunnel.ProxyAddr // the proxy information; empty: this instance alone
+	Age       time.Duration      // how long a datagram may wait for a sidecar's path; 0: media.MaxAge
+	Drain     time.Duration      // how long live sessions may take to finish when Run's context ends; 0: 30 s
+	Log       *slog.Logger       // nil: none
+}
+
+// Server is a cloud proxy.
+type Server struct {
+	cfg        Config
+	log        *slog.Logger
+	refusals   *rate.Limiter // of log lines
+	unlogged   atomic.Int64
+	unadmitted chan struct{} // a place for each candidate in its opening exchange
+	wg         sync.WaitGroup
+
+	mu       sync.Mutex // guards the fields below
+	draining bool
+	byID     map[string]*live
+	byKey    map[string]*live // by the sidecar's public key
+}
+
+// live is a session and what belongs to it.
+type live struct {
+	id      string
+	key     string
+	app     string
+	far     *session.Far
+	release func()
+	joins   atomic.Int32
+}
+
+// New checks the configuration.
+func New(cfg Config) (*Server, error) {
+	if len(cfg.Listeners) == 0 || cfg.Authorize == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "a cloud proxy needs a listener and an Authorize")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Drain == 0 {
+		cfg.Drain = defaultDrain
+	}
+	if len(cfg.Proxies) == 0 && cfg.Address != "" {
+		cfg.Proxies = []tunnel.ProxyAddr{{Address: cfg.Address, Region: cfg.Region}}
+	}
+	return &Server{cfg: cfg, log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: make(chan struct{}, maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
+}
+
+// Run serves until ctx ends, then refuses what is new, lets live sessions
+// finish within the drain time, closes the rest and returns nil. It returns an
+// error when a listener fails.
+func (s *Server) Run(ctx context.Context) error {
+	accepting, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	var accepts sync.WaitGroup
+	for _, l := range s.cfg.Listeners {
+		accepts.Go(func() {
+			if err := s.accept(accepting, l); err != nil {
+				stop(err)
+			}
+		})
+	}
+	var failed error
+	select {
+	case <-ctx.Done():
+		s.drain(s.cfg.Drain)
+	case <-accepting.Done():
+		failed = context.Cause(accepting)
+		s.drain(0)
+	}
+	stop(nil)
+	for _, l := range s.cfg.Listeners {
+		l.Close()
+	}
+	accepts.Wait()
+	s.closeAll(tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy has stopped"))
+	s.wg.Wait()
+	return failed
+}
+
+func (s *Server) accept(ctx context.Context, l tunnel.Listener) error {
+	for {
+		c, err := l.Accept(ctx)
+		switch {
+		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
+			if c != nil {
+				c.Close()
+			}
+			return nil
+		case err != nil:
+			return err
+		}
+		select {
+		case s.unadmitted <- struct{}{}:
+			s.wg.Go(func() { s.greet(c) })
+		default:
+			c.Close()
+			s.log.Warn("too many peers are being admitted, one was turned away", "limit", maxUnadmitted)
+		}
+	}
+}
+
+// greet hears what a candidate wants and serves it to its end.
+func (s *Server) greet(c tunnel.Candidate) {
+	serve := s.admit(c)
+	<-s.unadmitted
+	if serve == nil {
+		c.Close()
+		return
+	}
+	serve()
+}
+
+// admit answers the opening message. It returns what serves the connection
+// from here on, or nil.
+func (s *Server) admit(c tunnel.Candidate) (serve func()) {
+	ctx, cancel := context.WithTimeout(context.Background(), greetingTime)
+	defer cancel()
+	deadline, _ := ctx.Deadline()
+	c.SetDeadline(deadline)
+	m, err := wire.Read(c, wire.Version{})
+	var welcome wire.Welcome
+	switch {
+	case err != nil:
+	case c.PeerKey() == nil:
+		err = tunnel.Errorf(tunnel.NotPermitted, "the client certificate holds no Ed25519 key")
+	case m.Open != nil:
+		welcome, serve, err = s.open(ctx, c, m.Open)
+	case m.Join != nil:
+		welcome, serve, err = s.join(c, m.Join)
+	default:
+		err = tunnel.Errorf(tunnel.Internal, "the connection begins with a message that does not belong there")
+	}
+	if err != nil {
+		s.logRefusal(c, err)
+		wire.Write(c, wire.RefusedBy(err)) // if it can not be told it has gone
+		lingerClose(c)
+		return nil
+	}
+	welcome.Version = wire.Current
+	if wire.Write(c, wire.Message{Welcome: &welcome}) == nil && c.SetDeadline(time.Time{}) == nil {
+		return serve
+	}
+	if m.Open != nil {
+		s.end(welcome.Session, tunnel.Errorf(tunnel.CloudUnreachable, "the sidecar went away before it was welcomed"))
+	}
+	return nil
+}
+
+// logRefusal logs, but no flood.
+func (s *Server) logRefusal(c tunnel.Candidate, err error) {
+	if !s.refusals.Allow() {
+		s.unlogged.Add(1)
+		return
+	}
+	s.log.Info("refused", "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
+}
+
+// lingerClose lets the refusal arrive: closing with unread bytes would reset
+// the connection and might destroy it. The peer closes first, or the deadline
+// set before ends the wait.
+func lingerClose(c tunnel.Candidate) {
+	c.SetDeadline(time.Now().Add(time.Second))
+	var b [256]byte
+	for range 16 {
+		if _, err := c.Read(b[:]); err != nil {
+			break
+		}
+	}
+}
+
+// open admits a new session.
+func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wire.Welcome, func(), error) {
+	s.mu.Lock()
+	draining := s.draining
+	s.mu.Unlock()
+	if draining {
+		return wire.Welcome{}, nil, stopping()
+	}
+	next, release, err := s.cfg.Authorize(ctx, tunnel.Open{App: o.App, Token: o.Token, Region: o.Region, Operator: o.Operator, Key: c.PeerKey(), From: c.RemoteAddr()})
+	if err != nil {
+		return wire.Welcome{}, nil, err
+	}
+	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, release: release}
+	log := s.log.With("session", l.id, "app", l.app)
+	l.far = session.NewFar(session.FarConfig{
+		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
+		Limits: s.cfg.Limits, Age: s.cfg.Age,
+	})
+	s.mu.Lock()
+	if s.draining {
+		s.mu.Unlock()
+		release()
+		return wire.Welcome{}, nil, stopping()
+	}
+	old := s.byKey[l.key]
+	s.byID[l.id], s.byKey[l.key] = l, l
+	s.mu.Unlock()
+	if old != nil {
+		// A sidecar that has come back, or a second one with a copied key.
+		s.end(old.id, tunnel.Errorf(tunnel.SessionExpired, "a sidecar with the same key has opened a new session; if that was another sidecar, give each a key_file of its own"))
+	}
+	serve := func() {
+		defer c.Close() // for where it turns into nothing
+		carrier, err := c.Carrier()
+		if err == nil {
+			log.Info("session opened", "from", c.RemoteAddr(), "carrier", c.Kind())
+			err = l.far.Serve(carrier)
+		}
+		s.end(l.id, err)
+		drops := map[string]uint64{}
+		l.far.Drops(drops)
+		log.Info("session ended", "why", err, "dropped", drops)
+	}
+	return s.welcome(l), serve, nil
+}
+
+// join brings a lane or another carrier to its session. A session of another key is as unknown as
+// one that does not exist.
+func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), error) {
+	if j.As != wire.AsLane && j.As != wire.AsStreams {
+		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.Unsupported, "a connection can join as %q or %q", wire.AsLane, wire.AsStreams)
+	}
+	s.mu.Lock()
+	l := s.byID[j.Session]
+	s.mu.Unlock()
+	if l == nil || l.key != string(c.PeerKey()) {
+		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.SessionUnknown, "there is no such session for this key; open a new one")
+	}
+	if l.joins.Load() >= maxJoins { // those that are being welcomed come on top
+		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "%d connections have joined the session already; close some", maxJoins)
+	}
+	serve := func() {
+		l.joins.Add(1)
+		defer l.joins.Add(-1)
+		defer c.Close() // for where it turns into nothing
+		if j.As == wire.AsStreams {
+			if carrier, err := c.Carrier(); err == nil {
+				l.far.ServeStreams(carrier)
+			}
+		} else if lane, err := c.Lane(); err == nil {
+			l.far.ServeLane(lane)
+		}
+	}
+	return s.welcome(l), serve, nil
+}
+
+func (s *Server) welcome(l *live) wire.Welcome {
+	return wire.Welcome{Session: l.id, Limits: l.far.Limits(), Address: s.cfg.Address, Region: s.cfg.Region, Proxies: s.cfg.Proxies}
+}
+
+// end ends a session once.
+func (s *Server) end(id string, why error) {
+	s.mu.Lock()
+	l := s.byID[id]
+	if l != nil {
+		delete(s.byID, id)
+		if s.byKey[l.key] == l {
+			delete(s.byKey, l.key)
+		}
+	}
+	s.mu.Unlock()
+	if l != nil {
+		l.far.Close(why)
+		l.release()
+	}
+}
+
+func stopping() error {
+	return tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy is about to stop and takes nothing new; Culvert connects again by itself")
+}
+
+// drain refuses new sessions, tells the live ones, and returns when they have
+// finished or the time is over.
+func (s *Server) drain(within time.Duration) {
+	s.mu.Lock()
+	s.draining = true
+	s.mu.Unlock()
+	for _, l := range s.sessions() {
+		l.far.Drain(within)
+	}
+	deadline := time.After(within)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		busy := 0
+		for _, l := range s.sessions() {
+			if l.far.Live() == 0 {
+				s.end(l.id, stopping())
+			} else {
+				busy++
+			}
+		}
+		if busy == 0 {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			s.log.Warn("the drain time is over, live sessions are cut", "sessions", busy)
+			return
+		}
+	}
+}
+
+func (s *Server) closeAll(why error) {
+	for _, l := range s.sessions() {
+		s.end(l.id, why)
+	}
+}
+
+func (s *Server) sessions() []*live {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make([]*live, 0, len(s.byID))
+	for _, l := range s.byID {
+		all = append(all, l)
+	}
+	return all
+}
+
+// Sessions is the number of live sessions.
+func (s *Server) Sessions() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.byID)
+}
+
+func newID() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}

@@ -1,0 +1,611 @@
+package cloudproxy_test
+
+import (
+	"context"
+	"crypto/ed25519"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"culvert/cloudproxy"
+	"culvert/tunnel"
+	"culvert/tunnel/tunneltest"
+	"culvert/tunnel/uplink"
+	"culvert/tunnel/wire"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const address = "192.0.2.1:443"
+
+// world is a cloud proxy on a UDP and a TCP network in memory.
+type world struct {
+	udp, tcp         *tunneltest.Net
+	dialUDP, dialTCP func(context.Context) error // asked before each dial
+	echo             *tunneltest.Echo
+	authorize        tunnel.Authorize
+	server           *cloudproxy.Server
+
+	mu       sync.Mutex
+	opens    []tunnel.Open
+	released int
+}
+
+func newWorld() *world {
+	w := &world{echo: &tunneltest.Echo{}}
+	w.dialUDP = func(context.Context) error { return nil }
+	w.dialTCP = w.dialUDP
+	w.udp = tunneltest.NewNet(tunneltest.Config{Kind: "quic", Dial: func(ctx context.Context, _ string) error { return w.dialUDP(ctx) }})
+	w.tcp = tunneltest.NewNet(tunneltest.Config{Kind: "tls", Dial: func(ctx context.Context, _ string) error { return w.dialTCP(ctx) }})
+	return w
+}
+
+// serve runs a cloud proxy until stop is called, which waits for its end.
+func (w *world) serve(t *testing.T) (stop func()) {
+	t.Helper()
+	lu, err := w.udp.Listen(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lt, err := w.tcp.Listen(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.server, err = cloudproxy.New(cloudproxy.Config{
+		Listeners: []tunnel.Listener{lu, lt}, Address: address, Region: "eu", Drain: 10 * time.Second,
+		Authorize: func(ctx context.Context, o tunnel.Open) (tunnel.Opener, func(), error) {
+			w.mu.Lock()
+			w.opens = append(w.opens, o)
+			w.mu.Unlock()
+			if w.authorize != nil {
+				return w.authorize(ctx, o)
+			}
+			return w.echo, func() { w.mu.Lock(); w.released++; w.mu.Unlock() }, nil
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- w.server.Run(ctx) }()
+	return func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// sidecar is a running uplink.
+type sidecar struct {
+	*uplink.Uplink
+	states chan tunnel.LinkState
+	stop   func() error // ends Run and returns its error
+	over   chan struct{}
+}
+
+func key(n byte) ed25519.PublicKey {
+	return ed25519.NewKeyFromSeed([]byte(strings.Repeat(string(rune('a'+n)), ed25519.SeedSize))).Public().(ed25519.PublicKey)
+}
+
+func (w *world) sidecar(t *testing.T, n byte, mode tunnel.Mode) *sidecar {
+	t.Helper()
+	u, err := uplink.New(uplink.Config{
+		Proxies: []string{address}, QUIC: w.udp.Dialer(key(n)), TLS: w.tcp.Dialer(key(n)),
+		Open: func() (wire.Open, error) { return wire.Open{App: fmt.Sprintf("app%d", n), Token: "secret"}, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sidecar{Uplink: u, states: make(chan tunnel.LinkState, 1000), over: make(chan struct{})}
+	ctx, cancel := context.WithCancel(context.Background())
+	var result error
+	go func() {
+		result = u.Run(ctx, mode, func(st tunnel.LinkState) { s.states <- st })
+		close(s.over)
+	}()
+	s.stop = func() error { cancel(); <-s.over; return result }
+	return s
+}
+
+// up waits for the link to be up.
+func (s *sidecar) up(t *testing.T) tunnel.LinkState {
+	t.Helper()
+	for {
+		select {
+		case st := <-s.states:
+			if st.Phase == tunnel.LinkUp {
+				return st
+			}
+		case <-s.over:
+			t.Fatalf("the link ended: %v", s.stop())
+		case <-time.After(time.Minute):
+			t.Fatal("the link did not come up in a minute")
+		}
+	}
+}
+
+type inbox chan string
+
+func (i inbox) Deliver(p []byte, from netip.AddrPort) { i <- fmt.Sprintf("%s from %s", p, from) }
+func (i inbox) Unreachable(netip.AddrPort, error)     {}
+func (i inbox) Closed(error)                          { close(i) }
+
+var far = tunnel.TargetOf(netip.MustParseAddrPort("203.0.113.9:3478"))
+
+// works says that a stream and an association pass.
+func (s *sidecar) works(t *testing.T) {
+	t.Helper()
+	st, err := s.OpenStream(t.Context(), tunnel.Peer{}, far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { st.Write([]byte("hello")); st.CloseWrite() }()
+	if b, err := io.ReadAll(st); string(b) != "hello" || err != nil {
+		t.Fatalf("the stream answers %q, %v", b, err)
+	}
+	st.Close()
+	in := make(inbox, 10)
+	p, err := s.OpenPackets(tunnel.Peer{}, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Send([]byte("ping"), far)
+	if got := <-in; got != "ping from "+far.String() {
+		t.Fatalf("the association answers %q", got)
+	}
+	p.Close()
+}
+
+func TestQUICIsUsedWhereItAnswersInItsHeadStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		var up atomic.Bool
+		w.dialTCP = func(context.Context) error {
+			if !up.Load() {
+				t.Error("TCP was dialled in the head start")
+			}
+			return nil
+		}
+		w.dialUDP = func(context.Context) error { time.Sleep(100 * time.Millisecond); up.Store(true); return nil }
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		defer s.stop()
+		st := s.up(t)
+		if st.Carrier != "quic" || st.Way != "quic-datagram" || !strings.Contains(st.Why, "100ms") || len(st.Info.Proxies) != 1 {
+			t.Errorf("state %+v", st)
+		}
+		s.works(t)
+	})
+}
+
+func TestWhereUDPIsSilentTLSCarriesStreamsAndALaneDatagrams(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		w.dialUDP = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		w.dialTCP = func(context.Context) error { time.Sleep(80 * time.Millisecond); return nil }
+		began := time.Now()
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		defer s.stop()
+		st := s.up(t)
+		if st.Carrier != "tls" || st.Way != "lane" || !strings.Contains(st.Why, "UDP had not answered") {
+			t.Errorf("state %+v", st)
+		}
+		if took := time.Since(began); took > 400*time.Millisecond {
+			t.Errorf("it took %v", took)
+		}
+		s.works(t)
+		if len(w.opens) != 1 {
+			t.Errorf("%d opens, want one", len(w.opens))
+		}
+	})
+}
+
+func TestASlowQUICStillLosesToNobodyWhereTCPIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		w.dialUDP = func(context.Context) error { time.Sleep(time.Second); return nil }
+		w.dialTCP = func(context.Context) error { return tunnel.Errorf(tunnel.CloudUnreachable, "refused") }
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		defer s.stop()
+		if st := s.up(t); st.Carrier != "quic" {
+			t.Errorf("state %+v", st)
+		}
+	})
+}
+
+func TestBesideQUICNewStreamsRideTLSWhereTCPPasses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		var blocked atomic.Bool
+		w.dialTCP = func(context.Context) error {
+			if blocked.Load() {
+				return tunnel.Errorf(tunnel.CloudUnreachable, "refused")
+			}
+			return nil
+		}
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		defer s.stop()
+		streams := func(want string) {
+			t.Helper()
+			for st := s.up(t); st.Streams != want; st = s.up(t) {
+				if st.Carrier != "quic" || st.Way != "quic-datagram" {
+					t.Fatalf("state %+v", st)
+				}
+			}
+		}
+		streams("tls")
+		s.works(t)
+		onTLS, err := s.OpenStream(t.Context(), tunnel.Peer{}, far)
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocked.Store(true)
+		w.tcp.Cut()
+		if _, err := onTLS.Read(make([]byte, 1)); err == nil {
+			t.Error("the stream did not ride TLS")
+		}
+		onTLS.Close()
+		streams("quic")
+		s.works(t) // the session and its datagrams did not notice
+		blocked.Store(false)
+		streams("tls")
+		s.works(t)
+		if len(w.opens) != 1 {
+			t.Errorf("%d opens, want one", len(w.opens))
+		}
+	})
+}
+
+func TestModesUseOnlyTheirCarrier(t *testing.T) {
+	for mode, want := range map[tunnel.Mode]string{tunnel.ModeUDP: "quic", tunnel.ModeTCP: "tls"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld()
+			defer w.serve(t)()
+			s := w.sidecar(t, 0, mode)
+			defer s.stop()
+			if st := s.up(t); st.Carrier != want {
+				t.Errorf("mode %s uses %s", mode, st.Carrier)
+			}
+			s.works(t)
+		})
+	}
+}
+
+func TestALostPathIsReplacedAndAssociationsLiveOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		s := w.sidecar(t, 0, tunnel.ModeUDP)
+		defer s.stop()
+		s.up(t)
+		in := make(inbox, 10)
+		p, err := s.OpenPackets(tunnel.Peer{}, in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Send([]byte("one"), far)
+		<-in
+		began := time.Now()
+		w.udp.Cut()
+		s.up(t)
+		if d := time.Since(began); d > time.Second {
+			t.Errorf("it took %v", d)
+		}
+		p.Send([]byte("two"), far)
+		if got := <-in; got != "two from "+far.String() {
+			t.Errorf("got %q", got)
+		}
+		synctest.Wait()
+		if w.released != 1 || w.server.Sessions() != 1 {
+			t.Errorf("%d released, %d sessions: the first session should have ended", w.released, w.server.Sessions())
+		}
+	})
+}
+
+func TestALostLaneIsJoinedAgainWhileStreamsLiveOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		// The mux and the lanes are told apart by what dials them.
+		defer w.serve(t)()
+		s := w.sidecar(t, 0, tunnel.ModeTCP)
+		defer s.stop()
+		s.up(t)
+		st, err := s.OpenStream(t.Context(), tunnel.Peer{}, far)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.tcp.CutLanes()
+		synctest.Wait()
+		s.works(t)
+		go st.Write([]byte("still here"))
+		b := make([]byte, 10)
+		if _, err := io.ReadFull(st, b); err != nil || string(b) != "still here" {
+			t.Errorf("the stream says %q, %v", b, err)
+		}
+		st.Close()
+		if len(w.opens) != 1 {
+			t.Errorf("%d opens", len(w.opens))
+		}
+	})
+}
+
+func TestARefusalThatRepeatingCanNotMendEndsTheLink(t *testing.T) {
+	for code, ends := range map[tunnel.Code]bool{tunnel.TokenExpired: true, tunnel.TokenRejected: true, tunnel.QuotaExceeded: false, tunnel.CloudUnreachable: false} {
+		t.Run(string(code), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				defer w.serve(t)()
+				w.authorize = func(context.Context, tunnel.Open) (tunnel.Opener, func(), error) {
+					return nil, nil, tunnel.Errorf(code, "because")
+				}
+				s := w.sidecar(t, 0, tunnel.ModeAuto)
+				time.Sleep(10 * time.Second)
+				select {
+				case <-s.over:
+					if !ends {
+						t.Error("the link has ended")
+					}
+				default:
+					if ends {
+						t.Error("the link still tries")
+					}
+				}
+				if err := s.stop(); ends && (tunnel.CodeOf(err) != code || tunnel.Sentence(err) != "because") {
+					t.Errorf("%v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestALinkThatWasNeverUpIsSoughtForAsLongAsIsAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld() // nobody listens
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		defer s.stop()
+		time.Sleep(3 * time.Hour)
+		defer w.serve(t)()
+		s.up(t)
+		s.works(t)
+	})
+}
+
+func TestTheLinkGivesUpTwentyMinutesAfterItsLoss(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		stop := w.serve(t)
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		s.up(t)
+		stop()
+		began := time.Now()
+		<-s.over
+		if d := time.Since(began); d < 20*time.Minute || d > 21*time.Minute {
+			t.Errorf("after %v", d)
+		}
+		if err := s.stop(); tunnel.CodeOf(err) != tunnel.CloudUnreachable {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAnOpenWithTheSameKeySupersedesItsSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		first := w.sidecar(t, 0, tunnel.ModeUDP)
+		first.up(t)
+		other := w.sidecar(t, 1, tunnel.ModeUDP)
+		defer other.stop()
+		other.up(t)
+		second := w.sidecar(t, 0, tunnel.ModeUDP)
+		defer second.stop()
+		second.up(t)
+		first.stop()
+		synctest.Wait()
+		if n := w.server.Sessions(); n != 2 {
+			t.Errorf("%d sessions, want 2", n)
+		}
+		other.works(t)
+	})
+}
+
+// join asks to join a session over TCP and returns the answer.
+func (w *world) join(t *testing.T, k byte, session, as string) (tunnel.Candidate, wire.Message, error) {
+	t.Helper()
+	c, err := w.tcp.Dialer(key(k)).Dial(t.Context(), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wire.Write(c, wire.Message{Join: &wire.Join{Version: wire.Current, Session: session, As: as}})
+	m, err := wire.Read(c, wire.Version{})
+	return c, m, err
+}
+
+func TestAJoinNeedsTheSessionsKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		s := w.sidecar(t, 0, tunnel.ModeTCP)
+		defer s.stop()
+		st := s.up(t)
+		for name, j := range map[string]struct {
+			key     byte
+			session string
+			as      string
+			want    tunnel.Code
+		}{
+			"another key":     {1, st.Session, wire.AsLane, tunnel.SessionUnknown},
+			"another session": {0, "00", wire.AsLane, tunnel.SessionUnknown},
+			"as something":    {0, st.Session, "king", tunnel.Unsupported},
+		} {
+			c, m, err := w.join(t, j.key, j.session, j.as)
+			if err != nil || m.Refused == nil || m.Refused.Code != j.want {
+				t.Errorf("%s: %+v, %v", name, m, err)
+			}
+			c.Close()
+		}
+		s.works(t) // the living session is untouched
+	})
+}
+
+func TestPeersThatSayNothingOrGarbageAreCut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		for name, say := range map[string][]byte{"nothing": nil, "garbage": []byte("GET / HTTP/1.1\r\n\r\n"), "half": {0, 50, '{'}, "out of place": append([]byte{0, 13}, `{"opened":{}}`...)} {
+			c, err := w.tcp.Dialer(key(3)).Dial(t.Context(), address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Write(say)
+			began := time.Now()
+			io.Copy(io.Discard, c)
+			if d := time.Since(began); d > 7*time.Second {
+				t.Errorf("%s: cut after %v", name, d)
+			}
+			c.Close()
+		}
+		s := w.sidecar(t, 0, tunnel.ModeAuto)
+		defer s.stop()
+		s.up(t)
+		s.works(t)
+	})
+}
+
+// breaking is a listener that can break.
+type breaking struct {
+	tunnel.Listener
+	broken chan struct{}
+}
+
+func (b *breaking) Accept(ctx context.Context) (tunnel.Candidate, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-b.broken:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	c, err := b.Listener.Accept(ctx)
+	select {
+	case <-b.broken:
+		return nil, tunnel.Errorf(tunnel.Internal, "the socket broke")
+	default:
+		return c, err
+	}
+}
+
+func TestAListenerThatBreaksEndsTheServerWhateverIsUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := tunneltest.NewNet(tunneltest.Config{Kind: "tls"})
+		l, err := n.Listen(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := &breaking{l, make(chan struct{})}
+		asked, answer := make(chan struct{}), make(chan struct{})
+		s, err := cloudproxy.New(cloudproxy.Config{Listeners: []tunnel.Listener{b}, Authorize: func(context.Context, tunnel.Open) (tunnel.Opener, func(), error) {
+			close(asked)
+			<-answer
+			return &tunneltest.Echo{}, func() {}, nil
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- s.Run(context.Background()) }()
+		c, err := n.Dialer(key(0)).Dial(t.Context(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		wire.Write(c, wire.Message{Open: &wire.Open{Version: wire.Current, App: "a", Token: "t"}})
+		<-asked
+		close(b.broken)
+		time.Sleep(time.Second) // the server has closed what there was
+		close(answer)
+		select {
+		case err := <-done:
+			if err == nil {
+				t.Error("it ended without an error")
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("the server still runs, with %d sessions", s.Sessions())
+		}
+	})
+}
+
+func TestOnlySoManyConnectionsJoinASession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		s := w.sidecar(t, 0, tunnel.ModeTCP)
+		defer s.stop()
+		st := s.up(t)
+		refused := tunnel.Code("")
+		joined := 0
+		for refused == "" && joined < 100 {
+			c, m, err := w.join(t, 0, st.Session, wire.AsStreams)
+			defer w.tcp.Cut()
+			switch {
+			case err != nil:
+				t.Fatal(err)
+			case m.Refused != nil:
+				refused = m.Refused.Code
+				c.Close()
+			default:
+				joined++
+			}
+			synctest.Wait()
+		}
+		if refused != tunnel.LimitExceeded || joined > 20 {
+			t.Errorf("%d joined, then %q", joined, refused)
+		}
+	})
+}
+
+func TestAStopLetsTheLiveFinish(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		stop := w.serve(t)
+		idle, busy := w.sidecar(t, 0, tunnel.ModeUDP), w.sidecar(t, 1, tunnel.ModeUDP)
+		defer idle.stop()
+		defer busy.stop()
+		idle.up(t)
+		busy.up(t)
+		in := make(inbox, 10)
+		p, err := busy.OpenPackets(tunnel.Peer{}, in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Send([]byte("one"), far)
+		<-in
+		stopped := make(chan time.Duration)
+		began := time.Now()
+		go func() { stop(); stopped <- time.Since(began) }()
+		time.Sleep(3 * time.Second)
+		p.Send([]byte("two"), far)
+		if got := <-in; got != "two from "+far.String() {
+			t.Errorf("got %q", got)
+		}
+		p.Close()
+		if d := <-stopped; d < 3*time.Second || d > 4*time.Second {
+			t.Errorf("stopped after %v, the call ended after 3 s", d)
+		}
+	})
+}

@@ -1,0 +1,61 @@
+// Command culvert is the sidecar and its controls: a proxy on loopback whose
+// traffic goes through one tunnel on port 443 to a cloud proxy.
+//
+// It promises that a configuration which is not understood starts nothing, and
+// that its words and exit codes stay what the README says. It does not contain
+// a cloud proxy, but for trying things (run --embedded).
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/urfave/cli/v2"
+)
+
+// version is set by scripts/build.sh.
+var version = "development"
+
+func main() {
+	os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr))
+}
+
+// run is the whole program; it returns the exit code.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	app := &cli.App{
+		Name:    "culvert",
+		Usage:   "carry the calls of apps that cannot be changed through port 443",
+		Version: version,
+		Description: `Try it:         culvert run --embedded        both ends in one process
+                curl --socks5-hostname 127.0.0.1:1080 https://example.net/
+
+For real:       culvert-cloudproxy init --host HOST --dir DIR     outside; makes culvert.yaml
+                culvert run -c culvert.yaml                       here
+
+Then:           culvert status                what carries the traffic, and why
+                culvert stop --wait 30s       when the calls have ended
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
+4 no sidecar answers on the control socket.`,
+		HideHelpCommand: true,
+		Suggest:         true,
+		Writer:          stdout,
+		ErrWriter:       stderr,
+		Reader:          os.Stdin,
+		Commands:        append(append([]*cli.Command{runCommand()}, controlCommands()...), policyCommand()),
+		ExitErrHandler:  func(*cli.Context, error) {}, // the code comes from exitCode
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return usageError("%q is not a command of culvert; 'culvert --help' lists them", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+	err := app.RunContext(ctx, args)
+	if err != nil {
+		fmt.Fprintln(stderr, "culvert:", err)
+	}
+	return exitCode(err)
+}

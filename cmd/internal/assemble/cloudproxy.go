@@ -1,0 +1,244 @@
+package assemble
+
+import (
+	"cmp"
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"culvert/cloudproxy"
+	"culvert/cloudproxy/egress"
+	"culvert/cloudproxy/identity"
+	"culvert/cmd/internal/config"
+	"culvert/policy"
+	"culvert/tunnel"
+	"culvert/tunnel/session"
+	"culvert/tunnel/tunnelquic"
+	"culvert/tunnel/tunneltls"
+	"culvert/tunnel/uplink"
+)
+
+// CloudProxyParts is what a cloud proxy is made of, with every file read.
+type CloudProxyParts struct {
+	Listen      string // ADDRESS:PORT; port 0 is any that is free for UDP and TCP
+	Address     string // HOST:PORT; empty: where it listens
+	Region      string
+	Certificate tls.Certificate
+	ResetKey    []byte // a secret; nil: none
+	ALPN        []string
+	Keys        identity.Keys
+	Policy      *policy.Policy
+	Egress      egress.Config
+	Limits      session.Limits
+	MaxWait     time.Duration
+	Drain       time.Duration
+	Log         *slog.Logger
+}
+
+// CloudProxy is a cloud proxy that holds its ports and can be run.
+type CloudProxy struct {
+	Addr    netip.AddrPort // where it listens, UDP and TCP
+	quic    *tunnelquic.Listener
+	egress  *egress.Egress
+	resolve *egress.Resolve
+	server  *cloudproxy.Server
+	log     *slog.Logger
+}
+
+const (
+	// defaultStreams is that of session.Limits.Streams and of sidecar.FrontConfig.MaxConns.
+	defaultStreams = 4096
+	// controlStreams are for what a carrier carries besides a session's streams.
+	controlStreams = 16
+)
+
+// CloudProxyFrom reads what the configuration names and makes the cloud proxy.
+func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error) {
+	cert, err := LoadCertificate(c.Certificate.CertFile, c.Certificate.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := identity.LoadKeys(c.Tokens.PublicKeys...)
+	if err != nil {
+		return nil, err
+	}
+	pol, err := policy.New(c.Policy)
+	if err != nil {
+		return nil, err
+	}
+	out, err := egressConfig(&c.Egress)
+	if err != nil {
+		return nil, err
+	}
+	p := CloudProxyParts{
+		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, Keys: keys, Policy: pol,
+		Egress:  out,
+		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond},
+		MaxWait: time.Duration(c.Media.MaxWait), Drain: time.Duration(c.Drain), Log: log,
+	}
+	if c.ResetKey != "" {
+		if p.ResetKey, err = os.ReadFile(c.ResetKey); err != nil {
+			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "reset_key_file: %s can not be read: %w", c.ResetKey, errors.Unwrap(err))
+		}
+		if len(p.ResetKey) < 32 {
+			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "reset_key_file: %s holds %d bytes, 32 are needed; 'culvert-cloudproxy init' makes one", c.ResetKey, len(p.ResetKey))
+		}
+	}
+	return NewCloudProxy(p)
+}
+
+func egressConfig(c *config.Egress) (egress.Config, error) {
+	v4, v6, err := c.Addrs()
+	if err != nil {
+		return egress.Config{}, err
+	}
+	public, err := c.PublicAddrs()
+	return egress.Config{Local4: v4, Local6: v6, Public: public, Idle: time.Duration(c.Idle), MaxAssociations: c.Associations}, err
+}
+
+// NewCloudProxy makes the cloud proxy:
+//
+//	listeners ──► server ──► session ──► resolve ──► guard ──► egress
+func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
+	if len(p.ALPN) == 0 {
+		p.ALPN = []string{uplink.DefaultALPN}
+	}
+	if p.Log == nil {
+		p.Log = slog.New(slog.DiscardHandler)
+	}
+	tlsConf, err := cloudproxy.ServerTLS(p.Certificate, p.ALPN)
+	if err != nil {
+		return nil, err
+	}
+	tcp, udp, err := listenBoth(p.Listen)
+	if err != nil {
+		return nil, err
+	}
+	// A session meets its own limit first, and that has a sentence. QUIC counts
+	// streams until both ends have confirmed their end, and makes further ones wait.
+	streams := cmp.Or(p.Limits.Streams, defaultStreams)
+	quicConf := tunnelquic.Config{TLS: tlsConf, Limits: tunnelquic.Limits{Streams: 2*streams + controlStreams}, Log: p.Log}
+	if p.ResetKey != nil {
+		if quicConf.StatelessResetKey, err = derive(p.ResetKey, "culvert stateless reset"); err == nil {
+			quicConf.TokenGeneratorKey, err = derive(p.ResetKey, "culvert address validation")
+		}
+		if err != nil {
+			return nil, errors.Join(err, tcp.Close(), udp.Close())
+		}
+	}
+	ql, err := tunnelquic.Listen(udp, quicConf)
+	if err != nil {
+		return nil, errors.Join(err, tcp.Close(), udp.Close())
+	}
+	tl, err := tunneltls.Listen(tcp, tunneltls.Config{TLS: tlsConf, Log: p.Log, MaxStreams: streams + controlStreams, MaxAge: p.MaxWait})
+	if err != nil {
+		return nil, errors.Join(err, tcp.Close(), ql.Close())
+	}
+	c := &CloudProxy{Addr: tcp.Addr().(*net.TCPAddr).AddrPort(), quic: ql, log: p.Log}
+	if p.Address == "" {
+		p.Address = c.Addr.String()
+	}
+	if c.egress, err = egress.New(p.Egress); err != nil {
+		return nil, errors.Join(err, tl.Close(), ql.Close())
+	}
+	admission, err := identity.NewAdmission(identity.Config{Keys: p.Keys})
+	if err != nil {
+		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
+	}
+	guard := policy.NewGuard(c.egress, func() *policy.Policy { return p.Policy })
+	c.resolve = egress.NewResolve(guard, egress.ResolveConfig{})
+	c.server, err = cloudproxy.New(cloudproxy.Config{
+		Listeners: []tunnel.Listener{ql, tl},
+		Authorize: func(ctx context.Context, o tunnel.Open) (tunnel.Opener, func(), error) {
+			_, release, err := admission.Admit(ctx, o)
+			return c.resolve, release, err
+		},
+		Limits: p.Limits, Address: p.Address, Region: p.Region, Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
+	})
+	if err != nil {
+		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
+	}
+	return c, nil
+}
+
+// Run serves until ctx ends and lets live calls finish, as cloudproxy.Server
+// does.
+func (c *CloudProxy) Run(ctx context.Context) error {
+	ended, end := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { logFigures(ended, c.figures, c.log) })
+	defer wg.Wait()
+	defer end()
+	err := c.server.Run(ctx)
+	quick, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	c.quic.Shutdown(quick) // the sidecars are told before the socket goes
+	return errors.Join(err, c.egress.Close())
+}
+
+// Close gives up a cloud proxy that was never run.
+func (c *CloudProxy) Close() {
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	c.Run(ended)
+}
+
+// Sessions is the number of sidecars that are connected.
+func (c *CloudProxy) Sessions() int { return c.server.Sessions() }
+
+// listenBoth listens on the same port for TCP and UDP.
+func listenBoth(address string) (*net.TCPListener, *net.UDPConn, error) {
+	for tries := 0; ; tries++ {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			return nil, nil, cannotListen("TCP", address, err)
+		}
+		tcp := l.(*net.TCPListener)
+		at := tcp.Addr().(*net.TCPAddr)
+		// The wildcard must stay one: it serves IPv4 and IPv6 for UDP as well.
+		host, _, _ := net.SplitHostPort(address)
+		udp, err := listenUDP(host, at.Port)
+		if err == nil {
+			return tcp, udp, nil
+		}
+		tcp.Close()
+		if _, port, _ := net.SplitHostPort(address); port != "0" || tries == 10 {
+			return nil, nil, cannotListen("UDP", address, err)
+		}
+	}
+}
+
+func listenUDP(host string, port int) (*net.UDPConn, error) {
+	a, err := net.ResolveUDPAddr("udp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		return nil, err
+	}
+	a.Port = port
+	return net.ListenUDP("udp", a)
+}
+
+func cannotListen(what, address string, err error) error {
+	why := err
+	var op *net.OpError
+	if errors.As(err, &op) {
+		why = op.Err
+	}
+	code := tunnel.ConfigInvalid
+	if tunnel.CodeOf(err) == tunnel.NotPermitted {
+		code = tunnel.NotPermitted
+	}
+	return tunnel.Errorf(code, "can not listen on %s %s: %w; choose another address, end what uses it, or allow this one", what, address, why)
+}
+
+func derive(secret []byte, label string) (*[32]byte, error) {
+	k, err := hkdf.Expand(sha256.New, secret, label, 32)
+	return (*[32]byte)(k), err
+}

@@ -1,0 +1,216 @@
+package assemble
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"culvert/cloudproxy/egress"
+	"culvert/cmd/internal/config"
+	"culvert/policy"
+	"culvert/sidecar"
+	"culvert/sidecar/channel"
+	"culvert/tunnel"
+	"culvert/tunnel/tunnelquic"
+	"culvert/tunnel/tunneltls"
+	"culvert/tunnel/uplink"
+	"culvert/tunnel/wire"
+)
+
+// startTimeout is when a start that has not come up counts as failed for now;
+// the link goes on. Name lookups, handshakes, openings and further cloud proxies
+// can take longer together.
+const startTimeout = 12 * time.Second
+
+// Sidecar is a sidecar whose front listens and that can be run.
+type Sidecar struct {
+	Switch   *sidecar.Switch
+	Front    *sidecar.Front
+	Watcher  *channel.Watcher
+	Link     tunnel.Link
+	Policy   *policy.Policy // nil: the cloud proxy alone decides
+	listener net.Listener
+	egress   *egress.Egress // for direct mode; else nil
+}
+
+// NewSidecar makes a sidecar:
+//
+//	front ──► watch ──► switch ──► guard ──► uplink (session, carriers)
+//	                      └─ stopped, when_stopped: direct ──► resolve ──► guard ──► egress
+func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
+	s = &Sidecar{}
+	made := s // a return with an error has set s to nil
+	defer func() {
+		if err != nil {
+			made.Close()
+		}
+	}()
+	link, err := newUplink(c, log)
+	if err != nil {
+		return nil, err
+	}
+	s.Link = link
+	var through tunnel.Opener = link
+	if len(c.Policy.Profiles)+len(c.Policy.Rules) > 0 {
+		if s.Policy, err = policy.New(c.Policy); err != nil {
+			return nil, err
+		}
+		through = policy.NewGuard(link, func() *policy.Policy { return s.Policy })
+	}
+	var direct tunnel.Opener
+	if c.WhenStopped == "direct" {
+		if s.egress, err = egress.New(egress.Config{}); err != nil {
+			return nil, err
+		}
+		// What the tunnel would refuse is refused here as well. Without a
+		// policy of its own the app may go wherever it could without Culvert.
+		direct = s.egress
+		if s.Policy != nil {
+			direct = policy.NewGuard(direct, func() *policy.Policy { return s.Policy })
+		}
+		direct = egress.NewResolve(direct, egress.ResolveConfig{})
+	}
+	// The watcher tells the switch, which does not exist yet.
+	s.Watcher = channel.New(channel.Config{
+		MediaRule: func(t channel.Target) bool {
+			return s.Policy != nil && s.Policy.Decide(policy.UDP, tunnel.Target(t)).Tag == policy.TagMedia
+		},
+		Changed: func(e channel.Event) { s.Switch.ChannelEvent(e) },
+		Alive:   alive,
+	})
+	s.Switch, err = sidecar.NewSwitch(sidecar.SwitchConfig{
+		Link: link, Through: through, Direct: direct,
+		Channels: func() []channel.Channel { return s.Watcher.Channels(time.Now()) },
+		Reconnecting: func(lost bool) {
+			if lost {
+				s.Watcher.Pause(time.Now())
+			} else {
+				s.Watcher.Resume(time.Now())
+			}
+		},
+		Mode: tunnel.Mode(c.Mode), StartTimeout: startTimeout, Log: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if s.listener, err = net.Listen("tcp", c.Front.Listen); err != nil {
+		return nil, cannotListen("TCP", c.Front.Listen, err)
+	}
+	front := s.listener.Addr().(*net.TCPAddr).AddrPort()
+	find := func(client netip.AddrPort) (string, int) {
+		p, err := sidecar.ProcessOfTCP(client, front)
+		if err != nil {
+			return "", 0
+		}
+		return p.Name, p.PID
+	}
+	watch := sidecar.NewWatch(s.Switch, s.Watcher, func(by tunnel.Peer) channel.Owner { return sidecar.OwnerOf(by, find) })
+	fc := sidecar.FrontConfig{Listener: s.listener, Next: watch, MaxConns: c.Front.MaxConnections, Log: log}
+	if c.Front.User != "" {
+		password, err := c.Front.Password()
+		if err != nil {
+			return nil, err
+		}
+		fc.Auth = sidecar.StaticAuth(c.Front.User, password)
+	}
+	if s.Front, err = sidecar.NewFront(fc); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func newUplink(c *config.Sidecar, log *slog.Logger) (*uplink.Uplink, error) {
+	key, err := sidecarKey(c.Identity.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := c.Identity.TokenNow(); err != nil {
+		return nil, err
+	}
+	roots, err := rootsFrom(c.CloudProxy.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	conf, err := uplink.ClientTLS(uplink.TLSConfig{Key: key, Pins: c.CloudProxy.Pin, Roots: roots, ServerName: c.CloudProxy.ServerName, ALPN: c.CloudProxy.ALPN})
+	if err != nil {
+		return nil, err
+	}
+	quic, err := tunnelquic.NewDialer(tunnelquic.Config{TLS: conf, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	maxWait := time.Duration(c.Media.MaxWait)
+	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
+	if err != nil {
+		return nil, err
+	}
+	return uplink.New(uplink.Config{
+		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Log: log,
+		Open: func() (wire.Open, error) {
+			token, err := c.Identity.TokenNow()
+			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err
+		},
+	})
+}
+
+// rootsFrom adds a file's certificates to the system's. nil: the system's alone.
+func rootsFrom(file string) (*x509.CertPool, error) {
+	if file == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "cloud_proxy.ca_file: %s can not be read: %w", file, errors.Unwrap(err))
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "cloud_proxy.ca_file: %s holds no certificate in PEM", file)
+	}
+	return pool, nil
+}
+
+// alive reports whether a process lives; one of another user does.
+func alive(pid int) bool {
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return false
+	}
+	defer p.Release()
+	err = p.Signal(syscall.Signal(0))
+	return !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, syscall.ESRCH)
+}
+
+// Run serves until ctx ends. It does not start the switch: that is the
+// caller's decision. It returns when everything has ended.
+func (s *Sidecar) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	errs := make([]error, 2)
+	wg.Go(func() { defer cancel(); errs[0] = s.Switch.Run(ctx) })
+	wg.Go(func() { defer cancel(); errs[1] = s.Front.Run(ctx) })
+	wg.Go(func() { sidecar.TickWatch(ctx, s.Watcher) })
+	wg.Wait()
+	s.Close()
+	return errors.Join(errs...)
+}
+
+// Close gives up what a sidecar holds. Run does so itself.
+func (s *Sidecar) Close() {
+	if s.listener != nil {
+		s.listener.Close()
+	}
+	if s.egress != nil {
+		s.egress.Close()
+	}
+}

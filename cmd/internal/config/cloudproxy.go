@@ -1,0 +1,143 @@
+package config
+
+import (
+	"net"
+	"net/netip"
+
+	"culvert/policy"
+	"culvert/tunnel"
+)
+
+// CloudProxy is cloudproxy.yaml.
+type CloudProxy struct {
+	Listen      string        `yaml:"listen,omitempty"` // UDP and TCP
+	Address     string        `yaml:"address"`          // HOST:PORT under which sidecars reach this instance
+	Region      string        `yaml:"region,omitempty"` // told to sidecars
+	Certificate Certificate   `yaml:"certificate"`
+	ResetKey    string        `yaml:"reset_key_file,omitempty"` // lets sidecars notice a restart at once
+	ALPN        List          `yaml:"alpn,omitempty"`
+	Tokens      Tokens        `yaml:"tokens"`
+	Policy      policy.Config `yaml:"policy"`
+	Egress      Egress        `yaml:"egress,omitempty"`
+	Limits      Limits        `yaml:"limits,omitempty"`
+	Media       Media         `yaml:"media,omitempty"`
+	Drain       Duration      `yaml:"drain,omitempty"` // how long live calls may take to finish at a stop
+	Log         Log           `yaml:"log,omitempty"`
+}
+
+// Certificate is a chain and its key, as PEM files.
+type Certificate struct {
+	CertFile string `yaml:"cert_file"`
+	KeyFile  string `yaml:"key_file"`
+}
+
+// Tokens says whose tokens are accepted.
+type Tokens struct {
+	PublicKeys List `yaml:"public_keys"` // files
+}
+
+// Egress is where traffic leaves from.
+type Egress struct {
+	IPv4         string   `yaml:"ipv4,omitempty"` // a local address; empty: the kernel chooses
+	IPv6         string   `yaml:"ipv6,omitempty"`
+	Public       List     `yaml:"public,omitempty"`       // addresses of this host that it does not hold, as behind a 1:1 NAT
+	Idle         Duration `yaml:"idle,omitempty"`         // when an unheld UDP association ends; 2m
+	Associations int      `yaml:"associations,omitempty"` // of all sessions together
+}
+
+// Addrs returns the addresses; invalid ones are not configured.
+func (e *Egress) Addrs() (v4, v6 netip.Addr, err error) {
+	if e.IPv4 != "" {
+		if v4, err = netip.ParseAddr(e.IPv4); err != nil || !v4.Is4() {
+			return v4, v6, tunnel.Errorf(tunnel.ConfigInvalid, "egress.ipv4: %.60q is not an IPv4 address", e.IPv4)
+		}
+	}
+	if e.IPv6 != "" {
+		if v6, err = netip.ParseAddr(e.IPv6); err != nil || !v6.Is6() {
+			return v4, v6, tunnel.Errorf(tunnel.ConfigInvalid, "egress.ipv6: %.60q is not an IPv6 address", e.IPv6)
+		}
+	}
+	return v4, v6, nil
+}
+
+// PublicAddrs returns the addresses of Public.
+func (e *Egress) PublicAddrs() ([]netip.Addr, error) {
+	var all []netip.Addr
+	for _, text := range e.Public {
+		a, err := netip.ParseAddr(text)
+		if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "egress.public: %.60q is not the IP address of one host", text)
+		}
+		all = append(all, a)
+	}
+	return all, nil
+}
+
+// Limits bound each session.
+type Limits struct {
+	Associations   int `yaml:"associations,omitempty"`
+	Streams        int `yaml:"streams,omitempty"`
+	OpensPerSecond int `yaml:"opens_per_second,omitempty"`
+}
+
+// ReadCloudProxy reads and checks cloudproxy.yaml.
+func ReadCloudProxy(file string) (*CloudProxy, error) {
+	c := &CloudProxy{}
+	if err := read(file, c); err != nil {
+		return nil, err
+	}
+	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey} {
+		*name = beside(file, *name)
+	}
+	for i := range c.Tokens.PublicKeys {
+		c.Tokens.PublicKeys[i] = beside(file, c.Tokens.PublicKeys[i])
+	}
+	if err := checked(file, c.Check); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Check fills in defaults and says what is missing or can not be.
+func (c *CloudProxy) Check() error {
+	if c.Listen == "" {
+		c.Listen = ":443"
+	}
+	if _, port, err := net.SplitHostPort(c.Listen); err != nil || port == "" {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "listen: %.60q is not ADDRESS:PORT; use :443 for every address", c.Listen)
+	}
+	if c.Address == "" {
+		return missing("address", "HOST:443 under which sidecars reach this cloud proxy")
+	}
+	c.Address = WithPort(c.Address)
+	if err := CheckAddress(c.Address); err != nil {
+		return field("address", err)
+	}
+	if err := c.Media.check(); err != nil {
+		return err
+	}
+	if c.Certificate.CertFile == "" || c.Certificate.KeyFile == "" {
+		return missing("certificate", "cert_file and key_file; 'culvert-cloudproxy init' makes both")
+	}
+	if len(c.Tokens.PublicKeys) == 0 {
+		return missing("tokens.public_keys", "the file of the key that signs tokens; 'culvert-cloudproxy init' makes it")
+	}
+	if len(c.Policy.Profiles)+len(c.Policy.Rules) == 0 {
+		return missing("policy", "what may be reached, and without it nothing may; 'profiles: [public]' allows every public address")
+	}
+	if _, err := policy.New(c.Policy); err != nil {
+		return err
+	}
+	if _, _, err := c.Egress.Addrs(); err != nil {
+		return err
+	}
+	if _, err := c.Egress.PublicAddrs(); err != nil {
+		return err
+	}
+	for name, n := range map[string]int{"limits.associations": c.Limits.Associations, "limits.streams": c.Limits.Streams, "limits.opens_per_second": c.Limits.OpensPerSecond, "egress.associations": c.Egress.Associations} {
+		if n < 0 {
+			return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %d is negative", name, n)
+		}
+	}
+	return c.Log.check()
+}

@@ -1,0 +1,140 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"culvert/tunnel"
+)
+
+const goodSidecar = `
+cloud_proxy:
+  address: proxy.example.net
+  pin: sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
+identity:
+  app: clinic
+  token_file: token
+  key_file: sidecar.key
+front: {listen: "127.0.0.1:1081"}
+media: {max_wait: 100ms}
+policy:
+  profiles: [public]
+`
+
+const goodCloudProxy = `
+address: proxy.example.net
+certificate: {cert_file: cert.pem, key_file: key.pem}
+tokens: {public_keys: token.pub}
+policy: {profiles: [public]}
+drain: 20s
+`
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+func TestAGoodSidecarFileIsReadAndItsNamesCountFromItsFolder(t *testing.T) {
+	file := write(t, goodSidecar)
+	c, err := ReadSidecar(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.CloudProxy.Address[0] != "proxy.example.net:443" || c.CloudProxy.ServerName != "proxy.example.net" || c.Front.Listen != "127.0.0.1:1081" || c.Start != "auto" || c.WhenStopped != "refuse" {
+		t.Errorf("%+v", c)
+	}
+	if want := filepath.Join(filepath.Dir(file), "sidecar.key"); c.Identity.KeyFile != want {
+		t.Errorf("key file %q, want %q", c.Identity.KeyFile, want)
+	}
+}
+
+func TestAGoodCloudProxyFileIsRead(t *testing.T) {
+	c, err := ReadCloudProxy(write(t, goodCloudProxy))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Address != "proxy.example.net:443" || c.Listen != ":443" || !filepath.IsAbs(c.Tokens.PublicKeys[0]) {
+		t.Errorf("%+v", c)
+	}
+}
+
+func TestBadFilesAreRefusedWithTheirLineAndWhatWasMeant(t *testing.T) {
+	sidecar := func(f string) error { _, err := ReadSidecar(f); return err }
+	cloud := func(f string) error { _, err := ReadCloudProxy(f); return err }
+	for name, c := range map[string]struct {
+		read func(string) error
+		text string
+		want []string
+	}{
+		"an unknown key":          {sidecar, goodSidecar + "frunt: {}\n", []string{"line 13", `"frunt"`, "front"}},
+		"an unknown key within":   {sidecar, strings.Replace(goodSidecar, "app:", "aap:", 1), []string{"line 6", `"aap"`, "identity", "app"}},
+		"a key twice":             {sidecar, goodSidecar + "front: {}\n", []string{"line 13", "twice", "line 9"}},
+		"an unknown policy key":   {sidecar, strings.Replace(goodSidecar, "profiles:", "profile:", 1), []string{"line 12", "profiles"}},
+		"a bad duration":          {sidecar, strings.Replace(goodSidecar, "100ms", "100", 1), []string{"line 10", "150ms"}},
+		"a bad pin":               {sidecar, strings.Replace(goodSidecar, "sha256/", "sha1/", 1), []string{"line 4", "cloud_proxy.pin", "sha256/"}},
+		"a bad mode":              {sidecar, goodSidecar + "mode: tpc\n", []string{"line 13", "mode", "tpc", "tcp"}},
+		"no app":                  {sidecar, strings.Replace(goodSidecar, "  app: clinic\n", "", 1), []string{"line 5", "identity.app"}},
+		"no name for the server":  {sidecar, strings.Replace(goodSidecar, "proxy.example.net", "192.0.2.1", 1), []string{"server_name"}},
+		"two tokens":              {sidecar, strings.Replace(goodSidecar, "  app: clinic", "  app: clinic\n  token: x", 1), []string{"token_file"}},
+		"a list for a mapping":    {sidecar, "front: [1]\n", []string{"line 1", "mapping"}},
+		"no YAML":                 {sidecar, "x: y\na: b: c\n", []string{"line 2"}},
+		"two documents":           {sidecar, goodSidecar + "---\nfront: {}\n", []string{"line 13", "second YAML document"}},
+		"a word for a number":     {cloud, goodCloudProxy + "limits: {streams: many}\n", []string{"line 7", `"many"`, "whole number"}},
+		"a public name":           {cloud, goodCloudProxy + "egress: {public: [198.51.100.5, nat.example.net]}\n", []string{"egress.public", `"nat.example.net"`, "IP address"}},
+		"a public wildcard":       {cloud, goodCloudProxy + "egress: {public: 0.0.0.0}\n", []string{"egress.public", `"0.0.0.0"`, "one host"}},
+		"a negative limit":        {cloud, goodCloudProxy + "limits: {streams: -1}\n", []string{"line 7", "limits.streams", "-1"}},
+		"no certificate":          {cloud, strings.Replace(goodCloudProxy, "cert_file: cert.pem, ", "", 1), []string{"cert_file"}},
+		"a listen without a port": {cloud, goodCloudProxy + "listen: 0.0.0.0\n", []string{"listen", ":443"}},
+		"a host that is none":     {cloud, strings.Replace(goodCloudProxy, "proxy.example.net", "foo bar", 1), []string{"line 2", "address", "foo bar"}},
+		"no policy":               {cloud, strings.Replace(goodCloudProxy, "policy: {profiles: [public]}", "", 1), []string{"policy", "public"}},
+		"a wait without an end":   {sidecar, strings.Replace(goodSidecar, "100ms", "10h", 1), []string{"line 10", "media.max_wait"}},
+		"a listen that is none":   {sidecar, strings.Replace(goodSidecar, "127.0.0.1:1081", "foo", 1), []string{"line 9", "front.listen", "ADDRESS:PORT"}},
+		"fewer than none":         {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "{max_connections: -1}", 1), []string{"line 9", "front.max_connections"}},
+		"an egress that is none":  {cloud, goodCloudProxy + "egress: {ipv4: '::1'}\n", []string{"egress.ipv4"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := c.read(write(t, c.text))
+			if tunnel.CodeOf(err) != tunnel.ConfigInvalid {
+				t.Fatalf("error %v", err)
+			}
+			for _, w := range append(c.want, "c.yaml") {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("%q does not mention %q", err, w)
+				}
+			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("%q is more than a line", err)
+			}
+		})
+	}
+	if err := sidecar("/nowhere/culvert.yaml"); tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("a missing file: %v", err)
+	}
+}
+
+func FuzzSidecar(f *testing.F) {
+	f.Add([]byte(goodSidecar))
+	f.Add([]byte("front: &a {listen: x}\nmedia: *a\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c := &Sidecar{}
+		if decode(text, "f", c) == nil {
+			c.Check()
+		}
+	})
+}
+
+func FuzzCloudProxy(f *testing.F) {
+	f.Add([]byte(goodCloudProxy))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c := &CloudProxy{}
+		if decode(text, "f", c) == nil {
+			c.Check()
+		}
+	})
+}

@@ -1,0 +1,233 @@
+package config
+
+import (
+	"net"
+	"strings"
+	"time"
+
+	"culvert/policy"
+	"culvert/tunnel"
+)
+
+// Sidecar is culvert.yaml.
+type Sidecar struct {
+	CloudProxy  CloudProxyRef `yaml:"cloud_proxy"`
+	Identity    Identity      `yaml:"identity"`
+	Front       Front         `yaml:"front,omitempty"`
+	Control     Control       `yaml:"control,omitempty"`
+	Mode        string        `yaml:"mode,omitempty"`         // auto, udp or tcp
+	Start       string        `yaml:"start,omitempty"`        // auto or manual
+	WhenStopped string        `yaml:"when_stopped,omitempty"` // refuse or direct
+	StopWait    Duration      `yaml:"stop_wait,omitempty"`    // how long SIGTERM waits for a channel to end
+	Media       Media         `yaml:"media,omitempty"`
+	Policy      policy.Config `yaml:"policy,omitempty"`
+	Log         Log           `yaml:"log,omitempty"`
+}
+
+// CloudProxyRef says where the cloud proxy is and how it is known.
+type CloudProxyRef struct {
+	Address    List   `yaml:"address"` // HOST:PORT, in order of preference
+	Pin        List   `yaml:"pin,omitempty"`
+	ServerName string `yaml:"server_name,omitempty"`
+	CAFile     string `yaml:"ca_file,omitempty"`
+	ALPN       string `yaml:"alpn,omitempty"`
+}
+
+// Identity is who the sidecar is.
+type Identity struct {
+	App       string `yaml:"app"`
+	Token     string `yaml:"token,omitempty"`
+	TokenFile string `yaml:"token_file,omitempty"`
+	KeyFile   string `yaml:"key_file,omitempty"` // made when missing; empty: a new key at each start
+	Region    string `yaml:"region,omitempty"`
+	Operator  string `yaml:"operator,omitempty"`
+}
+
+// Front is the proxy for apps.
+type Front struct {
+	Listen         string `yaml:"listen,omitempty"`
+	User           string `yaml:"user,omitempty"`
+	PasswordFile   string `yaml:"password_file,omitempty"`
+	MaxConnections int    `yaml:"max_connections,omitempty"`
+}
+
+// Control is the control socket.
+type Control struct {
+	Path  string `yaml:"path,omitempty"`
+	Group string `yaml:"group,omitempty"` // its members may control the sidecar; empty: the user alone
+}
+
+// Media is how datagrams are treated.
+type Media struct {
+	MaxWait Duration `yaml:"max_wait,omitempty"` // how long one may wait before it is dropped
+}
+
+// Log is what is written to standard error.
+type Log struct {
+	Level  string `yaml:"level,omitempty"`  // debug, info, warn or error
+	Format string `yaml:"format,omitempty"` // text or json
+}
+
+// DefaultListen is where apps find the proxy.
+const DefaultListen = "127.0.0.1:1080"
+
+// ReadSidecar reads and checks culvert.yaml.
+func ReadSidecar(file string) (*Sidecar, error) {
+	c := &Sidecar{}
+	if err := read(file, c); err != nil {
+		return nil, err
+	}
+	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
+		*name = beside(file, *name)
+	}
+	if err := checked(file, c.Check); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Check fills in defaults and says what is missing or can not be.
+func (c *Sidecar) Check() error {
+	if c.Front.Listen == "" {
+		c.Front.Listen = DefaultListen
+	}
+	if _, port, err := net.SplitHostPort(c.Front.Listen); err != nil || port == "" {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "front.listen: %.60q is not ADDRESS:PORT such as %s", c.Front.Listen, DefaultListen)
+	}
+	if c.Front.MaxConnections < 0 {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "front.max_connections: %d is negative; leave it out for the default", c.Front.MaxConnections)
+	}
+	if err := c.Media.check(); err != nil {
+		return err
+	}
+	if len(c.CloudProxy.Address) == 0 {
+		return missing("cloud_proxy.address", "HOST:443 of the cloud proxy")
+	}
+	for i, a := range c.CloudProxy.Address {
+		a = WithPort(a)
+		if err := CheckAddress(a); err != nil {
+			return field("cloud_proxy.address", err)
+		}
+		c.CloudProxy.Address[i] = a
+	}
+	for _, p := range c.CloudProxy.Pin {
+		if _, err := tunnel.ParsePin(p); err != nil {
+			return field("cloud_proxy.pin", err)
+		}
+	}
+	if c.CloudProxy.ServerName == "" {
+		host, _, _ := net.SplitHostPort(c.CloudProxy.Address[0])
+		if net.ParseIP(host) == nil {
+			c.CloudProxy.ServerName = host
+		} else {
+			return missing("cloud_proxy.server_name", "the name in the cloud proxy's certificate; the address is a number and tells none")
+		}
+	}
+	if c.Identity.App == "" {
+		return missing("identity.app", "the App ID")
+	}
+	if (c.Identity.Token == "") == (c.Identity.TokenFile == "") {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "identity: it needs either token or token_file")
+	}
+	if (c.Front.User == "") != (c.Front.PasswordFile == "") {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "front: it needs both user and password_file, or neither")
+	}
+	if _, err := tunnel.ParseMode(c.Mode); err != nil {
+		return field("mode", err)
+	}
+	if err := oneOf("start", &c.Start, "auto", "manual"); err != nil {
+		return err
+	}
+	if err := oneOf("when_stopped", &c.WhenStopped, "refuse", "direct"); err != nil {
+		return err
+	}
+	if _, err := policy.New(c.Policy); err != nil {
+		return err
+	}
+	return c.Log.check()
+}
+
+// maxWait is more than any call can use, and less than what a lane's 16-bit
+// send time can tell.
+const maxWait = Duration(10 * time.Second)
+
+func (m *Media) check() error {
+	if m.MaxWait > maxWait {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "media.max_wait: %s is more than %s; a packet that late is of no use to a call", time.Duration(m.MaxWait), time.Duration(maxWait))
+	}
+	return nil
+}
+
+func (l *Log) check() error {
+	if err := oneOf("log.level", &l.Level, "info", "debug", "warn", "error"); err != nil {
+		return err
+	}
+	return oneOf("log.format", &l.Format, "text", "json")
+}
+
+// Token returns the token, from its file where it has one.
+func (i *Identity) TokenNow() (string, error) {
+	if i.TokenFile != "" {
+		return secret(i.TokenFile)
+	}
+	return i.Token, nil
+}
+
+// Password returns the front's password; empty without authentication.
+func (f *Front) Password() (string, error) {
+	if f.PasswordFile == "" {
+		return "", nil
+	}
+	p, err := secret(f.PasswordFile)
+	if err != nil {
+		return "", field("front.password_file", err)
+	}
+	if err == nil && p == "" {
+		err = tunnel.Errorf(tunnel.ConfigInvalid, "front.password_file: %s is empty", f.PasswordFile)
+	}
+	return p, err
+}
+
+// CheckAddress checks HOST:PORT, where HOST is an address or a name that DNS
+// could know.
+func CheckAddress(a string) error {
+	t, err := tunnel.ParseTarget(a)
+	if err != nil {
+		return err
+	}
+	for _, r := range t.Host {
+		if r != '-' && r != '_' && r != '.' && !('0' <= r && r <= '9') && !('a' <= r && r <= 'z') && !('A' <= r && r <= 'Z') {
+			return tunnel.Errorf(tunnel.ConfigInvalid, "%.60q is not a host name (%q does not belong in one); write international names as xn--…", t.Host, r)
+		}
+	}
+	return nil
+}
+
+// WithPort adds Culvert's port, 443, to an address without one.
+func WithPort(a string) string {
+	if _, _, err := net.SplitHostPort(a); err == nil {
+		return a
+	}
+	return net.JoinHostPort(strings.Trim(a, "[]"), "443")
+}
+
+func missing(key, what string) error {
+	return tunnel.Errorf(tunnel.ConfigInvalid, "%s is missing; it is %s", key, what)
+}
+
+func field(key string, err error) error {
+	return &tunnel.Error{Code: tunnel.ConfigInvalid, Text: key + ": " + tunnel.Sentence(err), Err: err}
+}
+
+// oneOf checks a word; an empty one becomes the first choice.
+func oneOf(key string, word *string, choices ...string) error {
+	if *word == "" {
+		*word = choices[0]
+	}
+	for _, c := range choices {
+		if *word == c {
+			return nil
+		}
+	}
+	return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %.40q is none of %s", key, *word, strings.Join(choices, ", "))
+}

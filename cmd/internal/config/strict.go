@@ -1,0 +1,221 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"culvert/policy"
+	"culvert/tunnel"
+)
+
+// maxFile bounds a configuration file, in bytes.
+const maxFile = 4 << 20
+
+// read reads a file into a struct, strictly.
+func read(file string, into any) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the configuration %s can not be read: %w", file, errors.Unwrap(err))
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	switch {
+	case err != nil:
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the configuration %s can not be read: %w", file, err)
+	case len(data) > maxFile:
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the configuration %s is larger than %d MiB", file, maxFile>>20)
+	}
+	return decode(data, file, into)
+}
+
+// decode reads YAML into a struct. Its errors name the file and the line.
+func decode(data []byte, file string, into any) error {
+	var doc yaml.Node
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	if err := dec.Decode(&doc); err != nil && err != io.EOF {
+		return inFile(file, err)
+	}
+	var more yaml.Node
+	if err := dec.Decode(&more); err == nil {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "%s: line %d: a second YAML document begins; a configuration is one", file, more.Line)
+	} else if err != io.EOF {
+		return inFile(file, err)
+	}
+	if len(doc.Content) == 0 {
+		return nil // empty: the defaults
+	}
+	if err := known(doc.Content[0], reflect.TypeOf(into).Elem(), "the configuration"); err != nil {
+		return inFile(file, err)
+	}
+	if err := doc.Content[0].Decode(into); err != nil {
+		return inFile(file, plain(err))
+	}
+	return nil
+}
+
+var (
+	typeError = regexp.MustCompile("^(line \\d+): cannot unmarshal (!!\\w+)(?: `(.*)`)? into (.+)$")
+	goType    = map[string]string{"int": "a whole number", "string": "a word", "[]string": "a list of words", "bool": "true or false"}
+)
+
+// plain says in words what the decoder says in types. One error is enough.
+func plain(err error) error {
+	var types *yaml.TypeError
+	if !errors.As(err, &types) || len(types.Errors) == 0 {
+		return err
+	}
+	text, _, _ := strings.Cut(types.Errors[0], "\n")
+	m := typeError.FindStringSubmatch(text)
+	if m == nil {
+		return errors.New(text)
+	}
+	is := map[string]string{"!!seq": "a list", "!!map": "a mapping"}[m[2]]
+	if is == "" {
+		is = strconv.Quote(m[3])
+	}
+	want := goType[m[4]]
+	if want == "" {
+		want = "what belongs here"
+	}
+	return fmt.Errorf("%s: %s is not %s", m[1], is, want)
+}
+
+func inFile(file string, err error) error {
+	err = policy.InFile(file, err)
+	var e *tunnel.Error
+	if errors.As(err, &e) {
+		e.Code = tunnel.ConfigInvalid
+	}
+	return err
+}
+
+// checked runs a configuration's check and gives its error the file and, where
+// the error begins with a key that stands in the file, the line.
+func checked(file string, check func() error) error {
+	err := check()
+	if err == nil {
+		return nil
+	}
+	var doc yaml.Node
+	if data, rerr := os.ReadFile(file); rerr == nil && yaml.Unmarshal(data, &doc) == nil && len(doc.Content) > 0 {
+		key, _, _ := strings.Cut(tunnel.Sentence(err), " ")
+		if line := lineOf(doc.Content[0], strings.Split(strings.TrimSuffix(key, ":"), ".")); line > 0 {
+			err = &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err}
+		}
+	}
+	return inFile(file, err)
+}
+
+// lineOf returns the line of the deepest part of a key's path that is there.
+func lineOf(n *yaml.Node, path []string) int {
+	for i := 0; i+1 < len(n.Content) && n.Kind == yaml.MappingNode && len(path) > 0; i += 2 {
+		if n.Content[i].Value == path[0] {
+			return max(n.Content[i].Line, lineOf(n.Content[i+1], path[1:]))
+		}
+	}
+	return 0
+}
+
+var unmarshaler = reflect.TypeFor[yaml.Unmarshaler]()
+
+// known checks that a mapping has only the keys that the struct knows, each
+// once. Types that decode themselves are left to do so.
+func known(n *yaml.Node, t reflect.Type, where string) error {
+	if n.Kind == yaml.AliasNode {
+		n = n.Alias
+	}
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if reflect.PointerTo(t).Implements(unmarshaler) || t.Kind() != reflect.Struct || n.Tag == "!!null" {
+		return nil
+	}
+	if n.Kind != yaml.MappingNode {
+		return fmt.Errorf("line %d: %s must be a mapping of keys to values", n.Line, where)
+	}
+	fields := map[string]reflect.Type{}
+	var names []string
+	for f := range t.Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		fields[name] = f.Type
+		names = append(names, name)
+	}
+	seen := map[string]int{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		field, ok := fields[key.Value]
+		if !ok {
+			return fmt.Errorf("line %d: %.60q is not a key of %s; its keys are %s", key.Line, key.Value, where, strings.Join(names, ", "))
+		}
+		if line := seen[key.Value]; line != 0 {
+			return fmt.Errorf("line %d: the key %q stands twice, first in line %d", key.Line, key.Value, line)
+		}
+		seen[key.Value] = key.Line
+		if err := known(value, field, key.Value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// List is a word or a list of words.
+type List []string
+
+// UnmarshalYAML implements yaml.Unmarshaler.
+func (l *List) UnmarshalYAML(n *yaml.Node) error {
+	if n.Kind == yaml.ScalarNode {
+		*l = List{n.Value}
+		return nil
+	}
+	var all []string
+	if err := n.Decode(&all); err != nil {
+		return fmt.Errorf("line %d: must be a word or a list of words", n.Line)
+	}
+	*l = all
+	return nil
+}
+
+// Duration is a time such as 150ms or 30s.
+type Duration time.Duration
+
+// UnmarshalYAML implements yaml.Unmarshaler.
+func (d *Duration) UnmarshalYAML(n *yaml.Node) error {
+	v, err := time.ParseDuration(n.Value)
+	if err != nil || v < 0 {
+		return fmt.Errorf("line %d: %.40q is not a duration such as 150ms, 30s or 10m", n.Line, n.Value)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// MarshalYAML implements yaml.Marshaler.
+func (d Duration) MarshalYAML() (any, error) { return time.Duration(d).String(), nil }
+
+// beside makes a file name absolute, counting from the folder of the
+// configuration file. Empty stays empty.
+func beside(file, name string) string {
+	if name == "" || filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(file), name)
+}
+
+// secret returns the trimmed content of a small file.
+func secret(file string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "%s can not be read: %w", file, errors.Unwrap(err))
+	}
+	return strings.TrimSpace(string(b)), nil
+}

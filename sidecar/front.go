@@ -1,0 +1,475 @@
+package sidecar
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"culvert/tunnel"
+)
+
+const (
+	// frontGreeting is a little below the 5 s in which a silent connection must
+	// be gone.
+	frontGreeting = 4500 * time.Millisecond
+	// frontRequest bounds everything up to the request's last byte.
+	frontRequest = 10 * time.Second
+	// frontLinger is how long a refused client may take to read its reply.
+	frontLinger = 500 * time.Millisecond
+	// frontHeadLimit bounds the bytes of a request of either protocol.
+	frontHeadLimit = 16 << 10
+	// frontMaxConns bounds open connections where the config does not.
+	frontMaxConns = 4096
+)
+
+// FrontConfig is what a Front is made of.
+type FrontConfig struct {
+	// Listener accepts TCP. Without Auth it must be bound to a loopback
+	// address. The Front owns it from NewFront's success on.
+	Listener net.Listener
+	// Next opens what apps ask for. Its Peer has App empty.
+	Next tunnel.Opener
+	// Auth decides on a user name and password of up to 255 bytes each; nil
+	// asks for none. It must take the same time for every wrong answer:
+	// StaticAuth does.
+	Auth func(user, password string) bool
+	// MaxConns bounds open connections, those that hold a UDP association
+	// included. What comes beyond it is closed at once. 0 is 4096.
+	MaxConns int
+	// Log may be nil.
+	Log *slog.Logger
+	// ListenUDP makes the socket of one UDP association, bound to the given
+	// address and any port; nil is net.ListenUDP.
+	ListenUDP func(netip.Addr) (*net.UDPConn, error)
+}
+
+// A Front offers a path as SOCKS5 and HTTP proxy on one TCP port.
+type Front struct {
+	listener  net.Listener
+	next      tunnel.Opener
+	auth      func(user, password string) bool
+	maxConns  int
+	log       *slog.Logger
+	listenUDP func(netip.Addr) (*net.UDPConn, error)
+
+	greeting, request, linger time.Duration
+
+	connections  atomic.Uint64
+	streams      atomic.Uint64
+	associations atomic.Uint64
+	relays       atomic.Int64
+	drops        frontDrops
+	failures     logLimit
+	overflows    logLimit
+
+	mu      sync.Mutex
+	conns   map[*frontConn]struct{} // guarded by mu
+	refused map[string]uint64       // guarded by mu
+	wg      sync.WaitGroup          // one for each of conns
+}
+
+// FrontStats are counters since the Front was made, and live figures.
+type FrontStats struct {
+	Open         int               `json:"open"`                // connections open now
+	Relays       int               `json:"open_associations"`   // UDP associations open now
+	Connections  uint64            `json:"connections"`         // connections accepted
+	Streams      uint64            `json:"streams"`             // CONNECT requests that succeeded, SOCKS and HTTP
+	Associations uint64            `json:"associations"`        // UDP ASSOCIATE requests that succeeded
+	Refused      map[string]uint64 `json:"refused,omitempty"`   // requests and connections, by code
+	Dropped      map[string]uint64 `json:"dropped,omitempty"`   // datagrams, by reason
+	Unreachable  uint64            `json:"unreachable"`         // ICMP errors that came back for datagrams
+	Up           uint64            `json:"datagrams_from_apps"` // datagrams passed on
+	Down         uint64            `json:"datagrams_to_apps"`   // datagrams handed to apps
+}
+
+// NewFront checks the configuration. Errors have the code ConfigInvalid and
+// name the field.
+func NewFront(c FrontConfig) (*Front, error) {
+	if c.Listener == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Listener is missing")
+	}
+	if c.Next == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Next is missing")
+	}
+	if c.MaxConns < 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "MaxConns is %d; it can not be negative", c.MaxConns)
+	}
+	addr, ok := c.Listener.Addr().(*net.TCPAddr)
+	if !ok {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Listener is on %s, which is not TCP", c.Listener.Addr())
+	}
+	if c.Auth == nil && !addr.IP.IsLoopback() {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid,
+			"the front would listen on %s for anyone who can reach it; use a loopback address or set a user and password", addr)
+	}
+	f := &Front{
+		listener:  c.Listener,
+		next:      c.Next,
+		auth:      c.Auth,
+		maxConns:  c.MaxConns,
+		log:       c.Log,
+		listenUDP: c.ListenUDP,
+		greeting:  frontGreeting,
+		request:   frontRequest,
+		linger:    frontLinger,
+		conns:     make(map[*frontConn]struct{}),
+		refused:   make(map[string]uint64),
+	}
+	if f.maxConns == 0 {
+		f.maxConns = frontMaxConns
+	}
+	if f.log == nil {
+		f.log = slog.New(slog.DiscardHandler)
+	}
+	if f.listenUDP == nil {
+		f.listenUDP = func(a netip.Addr) (*net.UDPConn, error) {
+			return net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 0)))
+		}
+	}
+	return f, nil
+}
+
+// StaticAuth accepts one user name and password, in a time that does not
+// depend on how much of them was right.
+func StaticAuth(user, password string) func(user, password string) bool {
+	wantUser, wantPassword := sha256.Sum256([]byte(user)), sha256.Sum256([]byte(password))
+	return func(user, password string) bool {
+		gotUser, gotPassword := sha256.Sum256([]byte(user)), sha256.Sum256([]byte(password))
+		return subtle.ConstantTimeCompare(gotUser[:], wantUser[:])&
+			subtle.ConstantTimeCompare(gotPassword[:], wantPassword[:]) == 1
+	}
+}
+
+// Addr returns the address that the front listens on.
+func (f *Front) Addr() net.Addr { return f.listener.Addr() }
+
+// Stats returns the counters.
+func (f *Front) Stats() FrontStats {
+	s := FrontStats{
+		Relays:       int(f.relays.Load()),
+		Connections:  f.connections.Load(),
+		Streams:      f.streams.Load(),
+		Associations: f.associations.Load(),
+		Dropped:      f.drops.byReason(),
+		Unreachable:  f.drops.unreachable.Load(),
+		Up:           f.drops.up.Load(),
+		Down:         f.drops.down.Load(),
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.Open = len(f.conns)
+	s.Refused = maps.Clone(f.refused)
+	return s
+}
+
+// Run serves until ctx ends, then resets every connection, waits for all that
+// it started and returns nil. It returns an error only when the listener
+// fails. Run may be called once.
+func (f *Front) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stopped := context.AfterFunc(ctx, func() { f.listener.Close() })
+	defer stopped()
+
+	err := f.accept(ctx)
+	cancel()
+	f.listener.Close()
+	f.mu.Lock()
+	for c := range f.conns {
+		// A reset, because a transfer that we cut short must not look complete.
+		c.Abort(tunnel.ProxyStopped)
+	}
+	f.mu.Unlock()
+	f.wg.Wait()
+	return err
+}
+
+func (f *Front) accept(ctx context.Context) error {
+	backoff := time.Duration(0)
+	for {
+		c, err := f.listener.Accept()
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				c.Close()
+			}
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return tunnel.Errorf(tunnel.Internal, "the front's listener was closed under it: %w", err)
+		case err != nil:
+			// EMFILE and the like: those who are connected can still leave.
+			backoff = min(max(2*backoff, 5*time.Millisecond), time.Second)
+			f.log.Error("front: can not accept", "err", err, "retry", backoff)
+			select {
+			case <-ctx.Done():
+			case <-time.After(backoff):
+			}
+			continue
+		}
+		backoff = 0
+		f.connections.Add(1)
+		tcp, ok := c.(*net.TCPConn)
+		if !ok {
+			f.log.Error("front: the listener gave a connection that is not TCP", "addr", c.RemoteAddr())
+			c.Close()
+			continue
+		}
+		conn := newFrontConn(tcp)
+		f.mu.Lock()
+		full := len(f.conns) >= f.maxConns
+		if !full {
+			f.conns[conn] = struct{}{}
+			f.wg.Add(1)
+		}
+		f.mu.Unlock()
+		if full {
+			c.Close()
+			f.refuse(string(tunnel.LimitExceeded))
+			if n, ok := f.overflows.allow(); ok {
+				f.log.Warn("front: too many connections are open; a new one was closed", "limit", f.maxConns, "unlogged", n)
+			}
+			continue
+		}
+		go func() {
+			defer f.wg.Done()
+			f.serve(ctx, conn)
+			conn.Close()
+			f.mu.Lock()
+			delete(f.conns, conn)
+			f.mu.Unlock()
+		}()
+	}
+}
+
+// serve tells the protocols apart by the first byte.
+func (f *Front) serve(ctx context.Context, c *frontConn) {
+	start := time.Now()
+	c.SetDeadline(start.Add(f.greeting))
+	first, err := c.in.Peek(1)
+	if err != nil {
+		return
+	}
+	switch b := first[0]; {
+	case b == 5:
+		f.serveSOCKS(ctx, c, start)
+	case b >= 'A' && b <= 'Z':
+		c.SetDeadline(start.Add(f.request))
+		f.serveHTTP(ctx, c)
+	case b == 4:
+		// SOCKS4: "request rejected or failed" with no address.
+		f.failed(c, "", tunnel.Errorf(tunnel.Unsupported, "SOCKS4 is not supported; set the app to SOCKS5 or to an HTTP proxy"))
+		c.Write([]byte{0, 0x5b, 0, 0, 0, 0, 0, 0})
+		c.finish(f.linger)
+	case b == 0x16: // a TLS record with a handshake
+		f.failed(c, "", tunnel.Errorf(tunnel.Unsupported, "the app speaks TLS to the proxy; set the proxy as socks5:// or http://, not https://"))
+	default:
+		f.failed(c, "", tunnel.Errorf(tunnel.Unsupported, "the app speaks neither SOCKS5 nor HTTP; set it to one of them"))
+	}
+}
+
+// open asks for a stream, and gives up when the client leaves first.
+func (f *Front) open(ctx context.Context, c *frontConn, user string, to tunnel.Target) (tunnel.Stream, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	settled := whenLeft(c.TCPConn, cancel)
+	stream, err := f.next.OpenStream(ctx, tunnel.Peer{User: user, Addr: c.from}, to)
+	settled()
+	switch {
+	case ctx.Err() != nil:
+		f.refuse("client_left")
+		if err == nil {
+			stream.Abort(ctx.Err())
+		}
+		return nil, ctx.Err()
+	case err != nil:
+		f.failed(c, to.String(), err)
+		return nil, err
+	}
+	f.streams.Add(1)
+	return stream, nil
+}
+
+// splice joins the app to the target until both directions have ended.
+func (f *Front) splice(c *frontConn, to tunnel.Target, stream tunnel.Stream) {
+	if err := tunnel.Splice(c, stream); err != nil {
+		f.log.Debug("front: stream broke", "from", c.from, "to", logText(to.String(), logName), "err", logText(err.Error(), logSentence))
+	}
+}
+
+// failed counts and logs a request that was not served. to may be empty; more
+// are further attributes, their texts cut already.
+func (f *Front) failed(c *frontConn, to string, err error, more ...any) {
+	code := tunnel.CodeOf(err)
+	f.refuse(string(code))
+	if n, ok := f.failures.allow(); ok {
+		attrs := []any{"code", string(code), "from", c.from}
+		if to != "" {
+			attrs = append(attrs, "to", logText(to, logName))
+		}
+		attrs = append(append(attrs, more...), "why", logText(tunnel.Sentence(err), logSentence), "unlogged", n)
+		f.log.Info("front: request refused", attrs...)
+	}
+}
+
+// refuse counts a refusal.
+func (f *Front) refuse(code string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.refused[code]; !ok && len(f.refused) >= 64 {
+		// Codes may come from the far end: the map must not grow with them.
+		code = string(tunnel.Internal)
+	}
+	f.refused[code]++
+}
+
+// A frontConn is one accepted connection, as a tunnel.Stream.
+type frontConn struct {
+	*net.TCPConn
+	from netip.AddrPort
+	in   *bufio.Reader // what was read but not consumed; nil once empty
+	head io.LimitedReader
+}
+
+func newFrontConn(c *net.TCPConn) *frontConn {
+	f := &frontConn{TCPConn: c, from: addrPort(c.RemoteAddr())}
+	f.head = io.LimitedReader{R: c, N: frontHeadLimit}
+	f.in = bufio.NewReader(&f.head)
+	return f
+}
+
+// headRead ends the part of the connection that is bounded in bytes and time.
+func (c *frontConn) headRead() {
+	c.SetDeadline(time.Time{})
+	c.head.N = 0
+	if c.in.Buffered() == 0 {
+		c.in = nil
+	}
+}
+
+// Read returns first what came together with the request.
+func (c *frontConn) Read(p []byte) (int, error) {
+	if c.in == nil {
+		return c.TCPConn.Read(p)
+	}
+	n, err := c.in.Read(p[:min(len(p), c.in.Buffered())])
+	if c.in.Buffered() == 0 {
+		c.in = nil
+	}
+	return n, err
+}
+
+// WriteTo hides TCPConn's, which would overtake what Read still has.
+func (c *frontConn) WriteTo(w io.Writer) (int64, error) {
+	return io.Copy(w, struct{ io.Reader }{c})
+}
+
+// Abort resets the connection.
+func (c *frontConn) Abort(error) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+// finish closes after a reply. A close with unread bytes would be a reset,
+// which takes the reply away from a client that has not read it yet.
+func (c *frontConn) finish(linger time.Duration) {
+	c.CloseWrite()
+	c.SetDeadline(time.Now().Add(linger))
+	io.CopyN(io.Discard, c.TCPConn, 256<<10)
+	c.Close()
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := t.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// validHost reports whether a name may go to a resolver and a log: 1 to 255
+// bytes, none of them a space or a control character.
+func validHost[T string | []byte](host T) bool {
+	if len(host) == 0 || len(host) > 255 {
+		return false
+	}
+	for i := range len(host) {
+		if host[i] <= ' ' || host[i] == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+// How many bytes of a text are logged, counted as the log writes them: a line
+// with two names and a sentence stays under 1 KiB.
+const (
+	logName     = 120
+	logSentence = 400
+)
+
+// logText makes a text that a client chose fit for a log: printable, and cut
+// after limit bytes, between words where there are any.
+func logText(s string, limit int) string {
+	var b strings.Builder
+	size, space := 0, 0
+	for _, r := range s {
+		if !unicode.IsPrint(r) || r == utf8.RuneError {
+			r = '?'
+		}
+		size += utf8.RuneLen(r)
+		if r == '"' || r == '\\' {
+			size++ // is escaped
+		}
+		if size > limit {
+			text := b.String()
+			if space > len(text)/2 {
+				text = text[:space]
+			}
+			return text + "..."
+		}
+		if r == ' ' {
+			space = b.Len()
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
+}
+
+// A logLimit lets ten lines a second pass.
+type logLimit struct {
+	mu         sync.Mutex
+	second     time.Time // guarded by mu: when the current second began
+	passed     int       // guarded by mu
+	suppressed int       // guarded by mu
+}
+
+// allow reports whether a line may be written, and how many were not since the
+// last.
+func (l *logLimit) allow() (suppressed int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now := time.Now(); now.Sub(l.second) >= time.Second {
+		l.second, l.passed = now, 0
+	}
+	if l.passed >= 10 {
+		l.suppressed++
+		return 0, false
+	}
+	l.passed++
+	suppressed, l.suppressed = l.suppressed, 0
+	return suppressed, true
+}

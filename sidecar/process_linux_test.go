@@ -1,0 +1,99 @@
+package sidecar
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"testing"
+
+	"culvert/tunnel"
+)
+
+func TestProcessBehindAConnection(t *testing.T) {
+	l := frontListen(t)
+	defer l.Close()
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	u, err := net.Dial("udp", "127.0.0.1:9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	udpLocal := u.LocalAddr().(*net.UDPAddr).AddrPort()
+	for name, ask := range map[string]func() (Process, error){
+		"tcp": func() (Process, error) { return ProcessOfTCP(addrPort(client.LocalAddr()), addrPort(l.Addr())) },
+		"udp": func() (Process, error) { return ProcessOf(udpLocal, netip.MustParseAddrPort("127.0.0.1:9"), "udp") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, err := ask()
+			if err != nil {
+				t.Fatal(err)
+			}
+			self, _ := os.Executable()
+			me, _ := user.Current()
+			if p.PID != os.Getpid() || p.UID != os.Getuid() || p.Name != filepath.Base(self) || p.User != me.Username {
+				t.Fatalf("got %+v", p)
+			}
+		})
+	}
+}
+
+func TestProcessOfNoSocket(t *testing.T) {
+	nobody := netip.MustParseAddrPort("127.0.0.1:1")
+	if p, err := ProcessOfTCP(nobody, nobody); tunnel.CodeOf(err) != tunnel.Internal {
+		t.Errorf("got %+v, %v", p, err)
+	}
+	if _, err := ProcessOf(nobody, nobody, "sctp"); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
+		t.Errorf("sctp: %v", err)
+	}
+}
+
+func TestOtherLocalUserIsDropped(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can become another user")
+	}
+	next := &frontDirect{}
+	f := frontStart(t, next, nil)
+	_, relay := frontAssociate(t, f, frontUnnamed)
+
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A copy, because another user may not reach the original.
+	binary := filepath.Join("/tmp", "culvert-other-user-"+strconv.Itoa(os.Getpid()))
+	if err := exec.Command("cp", self, binary).Run(); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(binary)
+	cmd := exec.Command(binary, "-test.run=TestMainOfOtherUser")
+	cmd.Env = append(os.Environ(), frontUserHelper+"="+relay.String())
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	stay, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Skip("this root can not become another user: ", err)
+	}
+	defer cmd.Wait()
+	defer stay.Close()
+	frontEventually(t, "the drop is counted", func() bool { return f.Stats().Dropped["wrong_user"] == 1 })
+
+	echo := frontUDPEcho(t)
+	app := frontApp(t, relay)
+	app.Write(frontDatagram(tunnel.TargetOf(echo), "mine"))
+	frontExpect(t, app, echo, "mine")
+	if n := next.relay().sent.Load(); n != 1 {
+		t.Errorf("%d datagrams were passed on", n)
+	}
+}

@@ -1,0 +1,22 @@
+//go:build !linux
+
+package sidecar
+
+import (
+	"net/netip"
+
+	"culvert/tunnel"
+)
+
+// ProcessOf finds the process behind a connection of this machine. It is not
+// available on this system: the error's code is Unsupported.
+func ProcessOf(_, _ netip.AddrPort, _ string) (Process, error) {
+	return Process{}, tunnel.Errorf(tunnel.Unsupported, "finding the process behind a connection needs Linux")
+}
+
+// socketOwner can not tell users apart here.
+type socketOwner struct{}
+
+func (socketOwner) of(*frontConn) {}
+
+func (socketOwner) owns(_, _ netip.AddrPort) bool { return true }

@@ -1,0 +1,44 @@
+package media
+
+import "sync/atomic"
+
+// A Reason is why a datagram was dropped: the word in status and metrics.
+type Reason int
+
+// The reasons.
+const (
+	Aged       Reason = iota // waited longer than the age limit
+	Full                     // the waiting room held its limit of bytes
+	TooLarge                 // longer than the way can carry
+	NoWay                    // there was no way to send it on
+	WayFailed                // the way returned an error
+	Duplicate                // had arrived before
+	Unknown                  // for an association or context that is not known here
+	Malformed                // could not be read
+	Refused                  // the next stage refused it
+	OverLimit                // the session has reached a limit
+	reasonsEnd               // not a reason
+)
+
+var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded"}
+
+// String returns the reason's word.
+func (r Reason) String() string { return reasonWords[r] }
+
+// Drops counts dropped datagrams by reason. The zero value is ready.
+type Drops struct{ n [reasonsEnd]atomic.Uint64 }
+
+// Add counts one.
+func (d *Drops) Add(r Reason) { d.n[r].Add(1) }
+
+// Get returns one reason's count.
+func (d *Drops) Get(r Reason) uint64 { return d.n[r].Load() }
+
+// AddTo adds the counts that are not zero to m.
+func (d *Drops) AddTo(m map[string]uint64) {
+	for r := range reasonsEnd {
+		if n := d.n[r].Load(); n > 0 {
+			m[r.String()] += n
+		}
+	}
+}

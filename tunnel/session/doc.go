@@ -1,0 +1,11 @@
+// Package session is what lives while carriers come and go: the associations
+// and TCP streams of one sidecar, at both ends. Near is the sidecar's end, Far
+// the cloud proxy's.
+//
+// It promises that an association at the near end outlives the session that
+// serves it (a new session carries it on, from a new egress port), that a
+// datagram is delivered at most once, and that nothing here waits for the
+// network on a carrier's reading goroutine. It does not connect, choose paths
+// or authorize: tunnel/uplink and cloudproxy do, and hand in carriers and ways
+// that are already admitted.
+package session

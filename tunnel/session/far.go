@@ -1,0 +1,450 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"culvert/tunnel"
+	"culvert/tunnel/media"
+	"culvert/tunnel/wire"
+)
+
+// Limits bound one session at the cloud proxy. Zero fields take the defaults.
+type Limits struct {
+	Associations   int // at once; default 10,000
+	Streams        int // at once; default 4,096
+	OpensPerSecond int // of both together, with a burst of as many; default 1,000
+}
+
+func (l Limits) withDefaults() Limits {
+	for _, f := range []struct {
+		field *int
+		def   int
+	}{{&l.Associations, 10_000}, {&l.Streams, 4096}, {&l.OpensPerSecond, 1000}} {
+		if *f.field <= 0 {
+			*f.field = f.def
+		}
+	}
+	return l
+}
+
+// FarConfig is what a far end needs. Next is required.
+type FarConfig struct {
+	Next   tunnel.Opener // where the session's traffic goes
+	Peer   tunnel.Peer   // who the session's traffic is for
+	Peered wire.Version  // the sidecar's version
+	Limits Limits
+	Age    time.Duration // how long a datagram may wait; 0: media.MaxAge
+}
+
+// Far is the cloud proxy's end of a session.
+type Far struct {
+	cfg   FarConfig
+	drops media.Drops
+	plane *plane
+	opens *rate.Limiter
+
+	control    *control
+	controlled atomic.Bool // the control stream has come
+	draining   atomic.Bool
+	streams    atomic.Int64
+
+	ctx  context.Context // ends with the session
+	stop context.CancelCauseFunc
+
+	mu     sync.Mutex // guards assocs, ended
+	assocs map[uint32]*farPackets
+	// ended remembers associations for as long as a record of theirs may still
+	// be under way, so that it does not open them again. Oldest first.
+	ended     map[uint32]struct{}
+	endedList []endedID
+}
+
+type endedID struct {
+	id   uint32
+	when time.Time
+}
+
+// NewFar starts a session's far end.
+func NewFar(cfg FarConfig) *Far {
+	cfg.Limits = cfg.Limits.withDefaults()
+	f := &Far{
+		cfg: cfg, control: newControl(),
+		opens:  rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond),
+		assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
+	}
+	f.ctx, f.stop = context.WithCancelCause(context.Background())
+	f.plane = newPlane(cfg.Age, &f.drops)
+	f.plane.open = f.open
+	return f
+}
+
+// Limits returns the limits in force, for Welcome.
+func (f *Far) Limits() wire.Limits {
+	return wire.Limits{Associations: f.cfg.Limits.Associations, Streams: f.cfg.Limits.Streams}
+}
+
+// Serve serves the session over its first carrier. It returns when the carrier
+// or the session has ended, and everything on the carrier with it. The session
+// ends with this carrier.
+func (f *Far) Serve(c tunnel.Carrier) error {
+	if w := c.Datagrams(); w != nil {
+		f.plane.setWay(w)
+	}
+	return f.serve(c, true, f.Close)
+}
+
+// ServeStreams serves streams of the session over one more carrier. The session
+// outlives it.
+func (f *Far) ServeStreams(c tunnel.Carrier) error { return f.serve(c, false, func(error) {}) }
+
+// serve accepts a carrier's streams until it ends, calls ended, and returns
+// when its streams have ended. The session's first carrier has the control
+// stream.
+func (f *Far) serve(c tunnel.Carrier, first bool, ended func(error)) error {
+	unhook := context.AfterFunc(f.ctx, func() { c.Close(context.Cause(f.ctx)) })
+	defer unhook()
+	var streams sync.WaitGroup
+	var err error
+	for {
+		var s tunnel.Stream
+		if s, err = c.AcceptStream(f.ctx); err != nil {
+			break
+		}
+		streams.Go(func() { f.serveStream(c, first, s) })
+	}
+	if f.ctx.Err() != nil {
+		err = context.Cause(f.ctx) // why we end it, which the peer is told
+	} else if cause := c.Err(); cause != nil {
+		err = cause
+	}
+	ended(err)
+	c.Close(err)
+	streams.Wait()
+	return err
+}
+
+// ServeLane carries the session's datagrams over a lane until the lane or the
+// session ends.
+func (f *Far) ServeLane(l tunnel.Lane) error {
+	f.plane.setWay(l)
+	select {
+	case <-l.Done():
+	case <-f.ctx.Done():
+		l.Close(context.Cause(f.ctx))
+	}
+	f.plane.dropWay(l)
+	return l.Err()
+}
+
+// Close ends the session: associations and streams end, and Serve returns. It
+// does not wait for that. Closing again does nothing.
+func (f *Far) Close(why error) {
+	if why == nil {
+		why = context.Canceled
+	}
+	f.stop(why)
+	f.plane.setWay(nil)
+	f.mu.Lock()
+	all := f.assocs
+	f.assocs = nil
+	f.mu.Unlock()
+	for _, p := range all {
+		f.plane.remove(p.leg)
+		p.next.Close()
+	}
+}
+
+// Done is closed when the session has ended.
+func (f *Far) Done() <-chan struct{} { return f.ctx.Done() }
+
+// Drain refuses what is new from now on and tells the sidecar.
+func (f *Far) Drain(within time.Duration) {
+	if !f.draining.Swap(true) {
+		f.control.send(wire.Message{GoAway: &wire.GoAway{Within: wire.Seconds(within / time.Second)}})
+	}
+}
+
+// Live is the number of associations and streams.
+func (f *Far) Live() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.assocs) + int(f.streams.Load())
+}
+
+// Drops adds the session's dropped datagrams to m, by reason.
+func (f *Far) Drops(m map[string]uint64) {
+	f.drops.AddTo(m)
+	f.plane.lostTo(m)
+}
+
+// admit says whether something new may start.
+func (f *Far) admit(live, limit int, what string) error {
+	switch {
+	case f.draining.Load():
+		return tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy is about to stop and takes nothing new; Culvert connects again by itself")
+	case live >= limit:
+		return tunnel.Errorf(tunnel.LimitExceeded, "the session has its limit of %d %s; close some, or have the limit raised", limit, what)
+	}
+	return nil
+}
+
+// openingTime bounds how long a new stream may take to say what it is for.
+const openingTime = 10 * time.Second
+
+func (f *Far) serveStream(c tunnel.Carrier, first bool, s tunnel.Stream) {
+	s.SetReadDeadline(time.Now().Add(openingTime))
+	m, err := wire.Read(s, f.cfg.Peered)
+	s.SetReadDeadline(time.Time{})
+	switch {
+	case err != nil:
+		s.Abort(err)
+	case m.Control != nil && first && !f.controlled.Swap(true):
+		if err := f.control.run(s, f.cfg.Peered, f.ctx.Done(), f.handle); f.ctx.Err() == nil {
+			// A carrier without its control stream serves nobody.
+			c.Close(err)
+		}
+	case m.Stream != nil:
+		f.serveTarget(s, m.Stream)
+	default:
+		s.Abort(tunnel.Errorf(tunnel.Internal, "the stream begins with a message that does not belong there"))
+	}
+}
+
+func (f *Far) handle(m wire.Message) error {
+	if m.Closed == nil {
+		return nil // of a newer minor version
+	}
+	f.mu.Lock()
+	p := f.assocs[m.Closed.Association]
+	if p == nil { // its first datagram is still under way, or being opened
+		f.endLocked(m.Closed.Association)
+	}
+	f.mu.Unlock()
+	if p != nil && f.forget(p) {
+		p.next.Close()
+	}
+	return nil
+}
+
+// serveTarget connects a stream to its target.
+func (f *Far) serveTarget(s tunnel.Stream, want *wire.Stream) {
+	n := f.streams.Add(1)
+	defer f.streams.Add(-1)
+	to, err := target(want)
+	if err == nil {
+		err = f.admit(int(n)-1, f.cfg.Limits.Streams, "streams")
+	}
+	if err == nil && !f.opens.Allow() {
+		err = tunnel.Errorf(tunnel.LimitExceeded, "the session opens more than %d streams and associations a second; slow down, or have the limit raised", f.cfg.Limits.OpensPerSecond)
+	}
+	var out tunnel.Stream
+	early := &earlyStream{Stream: s}
+	if err == nil {
+		ctx, cancel := context.WithCancel(f.ctx)
+		watched := early.watch(cancel)
+		out, err = f.cfg.Next.OpenStream(ctx, f.cfg.Peer, to)
+		watched()
+		cancel()
+	}
+	if err != nil {
+		if wire.Write(s, wire.RefusedBy(err)) != nil {
+			s.Abort(err)
+			return
+		}
+		s.Close()
+		return
+	}
+	if err := wire.Write(s, wire.Message{Opened: &wire.Opened{}}); err != nil {
+		out.Abort(err)
+		s.Abort(err)
+		return
+	}
+	unhook := context.AfterFunc(f.ctx, func() { out.Abort(context.Cause(f.ctx)) })
+	defer unhook()
+	tunnel.Splice(early, out)
+}
+
+func target(want *wire.Stream) (tunnel.Target, error) {
+	if want.Port == 0 || want.Host == "" || len(want.Host) > 255 {
+		return tunnel.Target{}, tunnel.Errorf(tunnel.Unsupported, "%q port %d is not a destination", want.Host, want.Port)
+	}
+	if a, err := netip.ParseAddr(want.Host); err == nil {
+		return tunnel.Target{Addr: a, Port: want.Port}, nil
+	}
+	return tunnel.Target{Host: want.Host, Port: want.Port}, nil
+}
+
+// earlyStream watches a stream while its target is being reached: the sidecar
+// sends nothing before Opened, so whatever a Read returns is either a byte
+// ahead of its time, which is kept, or the news that the app has gone.
+type earlyStream struct {
+	tunnel.Stream
+	early []byte
+}
+
+// watch cancels when the peer aborts. The returned function ends the watch.
+func (e *earlyStream) watch(cancel func()) func() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var b [1]byte
+		n, err := e.Stream.Read(b[:])
+		e.early = append(e.early, b[:n]...)
+		if err != nil {
+			cancel()
+		}
+	}()
+	return func() {
+		e.Stream.SetReadDeadline(time.Unix(1, 0)) // wakes the Read
+		<-done
+		e.Stream.SetReadDeadline(time.Time{})
+	}
+}
+
+func (e *earlyStream) Read(p []byte) (int, error) {
+	if len(e.early) > 0 {
+		n := copy(p, e.early)
+		e.early = e.early[n:]
+		return n, nil
+	}
+	return e.Stream.Read(p)
+}
+
+// farPackets is an association at the far end. It is also the receiver of what
+// comes back.
+type farPackets struct {
+	far  *Far
+	leg  *leg
+	next tunnel.Packets
+}
+
+// endedRest is longer than a record can be under way; maxEnded bounds memory.
+const (
+	endedRest = 10 * time.Second
+	maxEnded  = 1 << 16
+)
+
+// open makes the association that a record names. It runs on a reading
+// goroutine.
+func (f *Far) open(id uint32, held bool) *leg {
+	f.mu.Lock()
+	live := len(f.assocs)
+	_, ended := f.ended[id]
+	closed := f.assocs == nil
+	f.mu.Unlock()
+	if ended || closed {
+		return nil
+	}
+	if !f.opens.Allow() {
+		// Only this datagram is lost: the next has the full header too. After a
+		// reconnect thousands of live associations come at once.
+		f.drops.Add(media.OverLimit)
+		return nil
+	}
+	p := &farPackets{far: f}
+	p.leg = &leg{id: id, held: held, plane: f.plane, deliver: p.send}
+	err := f.admit(live, f.cfg.Limits.Associations, "associations")
+	if err == nil {
+		by := f.cfg.Peer
+		by.Held = held
+		p.next, err = f.cfg.Next.OpenPackets(by, p)
+	}
+	if err != nil {
+		f.drops.Add(media.OverLimit)
+		f.mu.Lock()
+		f.endLocked(id)
+		f.mu.Unlock()
+		f.tellClosed(id, err)
+		return nil
+	}
+	f.mu.Lock()
+	_, ended = f.ended[id]
+	switch {
+	case f.assocs == nil || ended: // the session or the association has ended meanwhile
+		f.mu.Unlock()
+		p.next.Close()
+		return nil
+	case f.assocs[id] != nil: // another way was faster
+		other := f.assocs[id].leg
+		f.mu.Unlock()
+		p.next.Close()
+		return other
+	}
+	f.assocs[id] = p
+	f.plane.add(p.leg)
+	f.mu.Unlock()
+	return p.leg
+}
+
+// endLocked remembers an ended association. f.mu is held.
+func (f *Far) endLocked(id uint32) {
+	now := time.Now()
+	for len(f.endedList) > 0 && (now.Sub(f.endedList[0].when) > endedRest || len(f.endedList) >= maxEnded) {
+		delete(f.ended, f.endedList[0].id)
+		f.endedList = f.endedList[1:]
+	}
+	if _, again := f.ended[id]; !again {
+		f.ended[id] = struct{}{}
+		f.endedList = append(f.endedList, endedID{id, now})
+	}
+}
+
+// forget takes an association out; it reports whether it was there.
+func (f *Far) forget(p *farPackets) bool {
+	f.mu.Lock()
+	there := f.assocs[p.leg.id] == p
+	if there {
+		delete(f.assocs, p.leg.id)
+		f.endLocked(p.leg.id)
+	}
+	f.mu.Unlock()
+	f.plane.remove(p.leg)
+	return there
+}
+
+func (f *Far) tellClosed(id uint32, err error) {
+	r := wire.RefusedBy(err).Refused
+	f.control.send(wire.Message{Closed: &wire.Closed{Association: id, Code: r.Code, Text: r.Text}})
+}
+
+// send passes a datagram from the sidecar on. The guard and the resolver report
+// what they refuse through Unreachable.
+func (p *farPackets) send(b []byte, to tunnel.Target) {
+	err := p.next.Send(b, to)
+	switch {
+	case errors.Is(err, tunnel.ErrTooLarge):
+		p.far.drops.Add(media.TooLarge)
+	case err != nil:
+		p.far.drops.Add(media.Refused)
+	}
+	if errors.Is(err, net.ErrClosed) {
+		p.Closed(tunnel.Errorf(tunnel.SessionExpired, "the association has ended at the cloud proxy; the app can open another"))
+		return
+	}
+	p.next.Flush()
+}
+
+// Deliver implements tunnel.Receiver.
+func (p *farPackets) Deliver(b []byte, from netip.AddrPort) {
+	p.leg.send(b, tunnel.TargetOf(from)) // what is too large has been counted
+}
+
+// Unreachable implements tunnel.Receiver.
+func (p *farPackets) Unreachable(to netip.AddrPort, err error) {
+	p.far.plane.tell(wire.Notice{Unreachable: true, Association: p.leg.id, Code: tunnel.CodeOf(err), Address: to})
+}
+
+// Closed implements tunnel.Receiver.
+func (p *farPackets) Closed(err error) {
+	if p.far.forget(p) {
+		p.far.tellClosed(p.leg.id, err)
+	}
+}

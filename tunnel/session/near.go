@@ -1,0 +1,370 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/media"
+	"culvert/tunnel/wire"
+)
+
+// Near is the sidecar's end: an Opener whose traffic goes through whatever
+// session is attached.
+type Near struct {
+	age   time.Duration
+	drops media.Drops
+
+	streamNumber atomic.Uint64
+	streams      atomic.Int64
+	attached     atomic.Uint64 // sessions
+	up, down     counter       // datagrams
+	sUp, sDown   atomic.Uint64
+
+	mu      sync.Mutex        // guards the fields below
+	lost    map[string]uint64 // datagrams lost by the ways of past sessions, by reason
+	assocs  map[uint32]*nearPackets
+	nextID  uint32
+	current *Attached
+}
+
+type counter struct{ n, bytes atomic.Uint64 }
+
+func (c *counter) add(n int) {
+	c.n.Add(1)
+	c.bytes.Add(uint64(n))
+}
+
+// NewNear makes a near end. age bounds how long a datagram may wait for a
+// blocked way; 0 means media.MaxAge.
+func NewNear(age time.Duration) *Near {
+	return &Near{age: age, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
+}
+
+// Attached is a session with the carrier that serves it.
+type Attached struct {
+	near    *Near
+	carrier tunnel.Carrier
+	control *control
+	plane   *plane
+	welcome wire.Welcome
+	stream  tunnel.Stream
+	streams atomic.Pointer[tunnel.Carrier] // where new streams go; nil: the carrier
+	going   chan struct{}                  // closed when the cloud proxy says that it is going
+	goOnce  sync.Once
+}
+
+// Attach makes a session the one that traffic goes into. Associations of an
+// earlier session are carried on; its streams end with its carrier. way may be
+// nil until SetWay.
+func (n *Near) Attach(ctx context.Context, c tunnel.Carrier, way tunnel.Way, welcome wire.Welcome) (*Attached, error) {
+	s, err := c.OpenStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := wire.Write(s, wire.Message{Control: &wire.Control{}}); err != nil {
+		s.Close()
+		return nil, err
+	}
+	a := &Attached{near: n, carrier: c, control: newControl(), plane: newPlane(n.age, &n.drops), welcome: welcome, stream: s, going: make(chan struct{})}
+	n.mu.Lock()
+	for _, p := range n.assocs {
+		p.attach(a)
+	}
+	n.current = a
+	n.mu.Unlock()
+	a.plane.setWay(way)
+	n.attached.Add(1)
+	return a, nil
+}
+
+// SetWay changes how datagrams go; nil: they are dropped and counted until
+// there is a way again.
+func (a *Attached) SetWay(w tunnel.Way) { a.plane.setWay(w) }
+
+// SetStreams makes c, which has joined the session, carry new streams; nil: the
+// session's first carrier does again. Streams stay where they were opened.
+func (a *Attached) SetStreams(c tunnel.Carrier) {
+	if c == nil {
+		a.streams.Store(nil)
+		return
+	}
+	a.streams.Store(&c)
+}
+
+// openStream opens a stream where new ones go at the moment.
+func (a *Attached) openStream(ctx context.Context) (tunnel.Stream, error) {
+	if c := a.streams.Load(); c != nil {
+		if s, err := (*c).OpenStream(ctx); err == nil || ctx.Err() != nil {
+			return s, err
+		}
+		// This stream goes over the first carrier. Whoever set c takes it back
+		// when it has ended.
+	}
+	return a.carrier.OpenStream(ctx)
+}
+
+// Going is closed when the cloud proxy has said that it is about to stop.
+func (a *Attached) Going() <-chan struct{} { return a.going }
+
+// Run serves the control stream until the carrier ends, then detaches. It
+// returns why.
+func (a *Attached) Run() error {
+	err := a.control.run(a.stream, a.welcome.Version, a.carrier.Done(), a.handle)
+	n := a.near
+	n.mu.Lock()
+	if n.current == a {
+		n.current = nil
+	}
+	a.plane.setWay(nil)
+	a.plane.lostTo(n.lost)
+	n.mu.Unlock()
+	if cause := a.carrier.Err(); cause != nil {
+		return cause
+	}
+	return err
+}
+
+func (a *Attached) handle(m wire.Message) error {
+	switch {
+	case m.Closed != nil:
+		a.near.end(m.Closed.Association, m.Closed.Err())
+	case m.GoAway != nil:
+		a.goOnce.Do(func() { close(a.going) })
+	}
+	return nil // other messages come from a newer minor version
+}
+
+// end ends one association at the far end's word.
+func (n *Near) end(id uint32, why error) {
+	n.mu.Lock()
+	p := n.assocs[id]
+	delete(n.assocs, id)
+	n.mu.Unlock()
+	if p == nil {
+		return
+	}
+	if why == nil {
+		why = tunnel.Errorf(tunnel.SessionExpired, "the cloud proxy ended the association; the app can open another")
+	}
+	p.finish(why)
+}
+
+// EndAll ends every association with the error; for the end of the link.
+func (n *Near) EndAll(why error) {
+	n.mu.Lock()
+	all := n.assocs
+	n.assocs = map[uint32]*nearPackets{}
+	n.mu.Unlock()
+	for _, p := range all {
+		p.finish(why)
+	}
+}
+
+func (n *Near) session() (*Attached, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.current == nil {
+		return nil, noSession()
+	}
+	return n.current, nil
+}
+
+func noSession() error {
+	return tunnel.Errorf(tunnel.CloudUnreachable, "there is no connection to the cloud proxy at the moment; Culvert keeps trying, 'culvert status' says why")
+}
+
+// OpenStream implements tunnel.Opener.
+func (n *Near) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
+	a, err := n.session()
+	if err != nil {
+		return nil, err
+	}
+	s, err := a.openStream(ctx)
+	if err != nil {
+		return nil, streamError(ctx, to, err)
+	}
+	host := to.Host
+	if host == "" {
+		host = to.Addr.String()
+	}
+	stop := context.AfterFunc(ctx, func() { s.Abort(context.Cause(ctx)) })
+	err = wire.Write(s, wire.Message{Stream: &wire.Stream{Number: n.streamNumber.Add(1), Host: host, Port: to.Port}})
+	var m wire.Message
+	if err == nil {
+		m, err = wire.Read(s, a.welcome.Version)
+	}
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	switch {
+	case err != nil:
+		s.Abort(err)
+		return nil, streamError(ctx, to, err)
+	case m.Refused != nil:
+		s.Close()
+		return nil, m.Refused.Err()
+	case m.Opened == nil:
+		err = tunnel.Errorf(tunnel.Internal, "the cloud proxy answered a stream with something else; update the older side")
+		s.Abort(err)
+		return nil, err
+	}
+	n.streams.Add(1)
+	return &nearStream{Stream: s, near: n}, nil
+}
+
+func streamError(ctx context.Context, to tunnel.Target, err error) error {
+	var e *tunnel.Error
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case errors.As(err, &e):
+		return err
+	}
+	return tunnel.Errorf(tunnel.CloudUnreachable, "the connection to the cloud proxy broke while %s was being opened; try again: %w", to, err)
+}
+
+// nearStream counts.
+type nearStream struct {
+	tunnel.Stream
+	near *Near
+	once sync.Once
+}
+
+func (s *nearStream) Read(p []byte) (int, error) {
+	n, err := s.Stream.Read(p)
+	s.near.sDown.Add(uint64(n))
+	return n, err
+}
+
+func (s *nearStream) Write(p []byte) (int, error) {
+	n, err := s.Stream.Write(p)
+	s.near.sUp.Add(uint64(n))
+	return n, err
+}
+
+func (s *nearStream) Close() error {
+	s.once.Do(func() { s.near.streams.Add(-1) })
+	return s.Stream.Close()
+}
+
+func (s *nearStream) Abort(err error) {
+	s.once.Do(func() { s.near.streams.Add(-1) })
+	s.Stream.Abort(err)
+}
+
+// OpenPackets implements tunnel.Opener. Nothing is sent: the far end opens the
+// association when its first datagram arrives.
+func (n *Near) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.current == nil {
+		return nil, noSession()
+	}
+	if limit := n.current.welcome.Limits.Associations; limit > 0 && len(n.assocs) >= limit {
+		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy allows %d associations in a session and all are in use; close some, or have the limit raised", limit)
+	}
+	n.nextID++
+	p := &nearPackets{near: n, id: n.nextID, held: by.Held, r: r}
+	p.attach(n.current)
+	n.assocs[p.id] = p
+	return p, nil
+}
+
+// nearPackets is an association. Its leg is that of the current session.
+type nearPackets struct {
+	near *Near
+	id   uint32
+	held bool
+	r    tunnel.Receiver
+	leg  atomic.Pointer[leg]
+}
+
+// attach moves the association to a session. near.mu is held.
+func (p *nearPackets) attach(a *Attached) {
+	l := a.plane.add(&leg{id: p.id, held: p.held, deliver: p.deliver, unreachable: p.unreachable})
+	if old := p.leg.Swap(l); old != nil {
+		old.plane.remove(old)
+	}
+}
+
+func (p *nearPackets) deliver(b []byte, at tunnel.Target) {
+	p.near.down.add(len(b))
+	p.r.Deliver(b, at.AddrPort())
+}
+
+func (p *nearPackets) unreachable(at netip.AddrPort, err error) {
+	where := "a destination"
+	if at.IsValid() {
+		where = at.String()
+	}
+	p.r.Unreachable(at, tunnel.Errorf(tunnel.CodeOf(err), "the cloud proxy could not deliver to %s", where))
+}
+
+// finish ends the association and says so to the receiver, after the last
+// deliver.
+func (p *nearPackets) finish(why error) {
+	l := p.leg.Load()
+	if l.plane.remove(l) {
+		l.wait()
+		p.r.Closed(why)
+	}
+}
+
+func (p *nearPackets) Send(b []byte, to tunnel.Target) error {
+	err := p.leg.Load().send(b, to)
+	if err == nil {
+		p.near.up.add(len(b))
+	}
+	return err
+}
+
+func (p *nearPackets) Flush() {}
+
+func (p *nearPackets) Close() error {
+	n := p.near
+	n.mu.Lock()
+	_, open := n.assocs[p.id]
+	delete(n.assocs, p.id)
+	current := n.current
+	n.mu.Unlock()
+	if !open {
+		return net.ErrClosed
+	}
+	l := p.leg.Load()
+	l.plane.remove(l)
+	if current != nil && current.plane == l.plane {
+		current.control.send(wire.Message{Closed: &wire.Closed{Association: p.id}})
+	}
+	return nil
+}
+
+// Stats returns the counters since NewNear.
+func (n *Near) Stats() tunnel.LinkStats {
+	s := tunnel.LinkStats{
+		Streams:     int(n.streams.Load()),
+		DatagramsUp: n.up.n.Load(), DatagramsDown: n.down.n.Load(),
+		DatagramBytesUp: n.up.bytes.Load(), DatagramBytesDn: n.down.bytes.Load(),
+		StreamBytesUp: n.sUp.Load(), StreamBytesDown: n.sDown.Load(),
+		Dropped:  map[string]uint64{},
+		Connects: n.attached.Load(),
+	}
+	n.drops.AddTo(s.Dropped)
+	n.mu.Lock()
+	s.Associations = len(n.assocs)
+	for reason, lost := range n.lost {
+		s.Dropped[reason] += lost
+	}
+	current := n.current
+	n.mu.Unlock()
+	if current != nil {
+		s.RTT = current.carrier.Stats().RTT
+		current.plane.lostTo(s.Dropped)
+	}
+	return s
+}

@@ -1,0 +1,282 @@
+package tunnelquic
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"culvert/tunnel"
+)
+
+// A Listener accepts connections on one UDP socket.
+//
+//	accepting ──Close──► draining ──last connection gone──► gone (socket closed)
+type Listener struct {
+	cfg       Config
+	sock      *socket
+	transport *quic.Transport
+	quic      *quic.Listener
+
+	queue     chan *candidate
+	accepting sync.WaitGroup
+	closed    chan struct{} // closed when accept has returned: by Close, or because the socket has failed
+	gone      chan struct{} // closed by finish
+	closing   sync.Once
+	finishing sync.Once
+
+	handshakes atomic.Int64 // open ones
+	unanswered atomic.Int64 // connections whose opening has not been answered
+	proved     atomic.Uint64
+	refused    atomic.Uint64
+	warned     atomic.Int64 // when warn last logged, Unix seconds
+
+	mu       sync.Mutex
+	live     map[*link]struct{}
+	draining bool
+	failure  error // why accepting ended without Close
+}
+
+// Listen accepts connections on conn, which the listener closes when it has
+// been closed and its last connection has ended. The error's code is ConfigInvalid
+// or the system's.
+func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
+	c, err := c.check()
+	if err != nil {
+		return nil, err
+	}
+	if conn == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the QUIC listener needs a UDP socket")
+	}
+	l := &Listener{
+		cfg:    c,
+		sock:   &socket{UDPConn: conn},
+		queue:  make(chan *candidate, c.Limits.Unanswered),
+		closed: make(chan struct{}),
+		gone:   make(chan struct{}),
+		live:   make(map[*link]struct{}),
+	}
+	l.transport = &quic.Transport{
+		Conn:                l.sock,
+		VerifySourceAddress: func(net.Addr) bool { return l.handshakes.Load() >= int64(c.Limits.Retry) },
+		ConnContext:         l.countHandshake,
+	}
+	if c.StatelessResetKey != nil {
+		key := quic.StatelessResetKey(*c.StatelessResetKey)
+		l.transport.StatelessResetKey = &key
+	}
+	if c.TokenGeneratorKey != nil {
+		key := quic.TokenGeneratorKey(*c.TokenGeneratorKey)
+		l.transport.TokenGeneratorKey = &key
+	}
+	l.quic, err = l.transport.Listen(c.TLS, c.quic(true))
+	if err != nil {
+		l.transport.Close()
+		return nil, tunnel.Errorf(tunnel.CodeOf(err), "QUIC can not listen on %s: %w", conn.LocalAddr(), err)
+	}
+	l.accepting.Go(l.accept)
+	return l, nil
+}
+
+type handshakeKey struct{}
+
+// countHandshake counts a handshake as open until it has succeeded or failed.
+func (l *Listener) countHandshake(ctx context.Context, from *quic.ClientInfo) (context.Context, error) {
+	if l.handshakes.Add(1) > int64(l.cfg.Limits.Handshakes) {
+		l.handshakes.Add(-1)
+		l.warn("refused a QUIC connection: too many handshakes are open", l.cfg.Limits.Handshakes)
+		return nil, errors.New("too many handshakes are open")
+	}
+	if from.AddrVerified {
+		l.proved.Add(1)
+	}
+	done := sync.OnceFunc(func() { l.handshakes.Add(-1) })
+	context.AfterFunc(ctx, done)
+	return context.WithValue(ctx, handshakeKey{}, done), nil
+}
+
+// accept empties quic-go's queue of 32: a full one refuses connections.
+func (l *Listener) accept() {
+	for {
+		conn, err := l.quic.Accept(context.Background())
+		if err != nil {
+			l.mu.Lock()
+			if !l.draining {
+				l.failure = tunnel.Errorf(tunnel.Internal, "the QUIC listener's socket failed: %w", err)
+				l.cfg.Log.Error("the QUIC listener's socket failed", "err", err)
+			}
+			l.mu.Unlock()
+			close(l.closed)
+			return
+		}
+		if done, ok := conn.Context().Value(handshakeKey{}).(func()); ok {
+			done()
+		}
+		if l.unanswered.Add(1) > int64(l.cfg.Limits.Unanswered) {
+			l.unanswered.Add(-1)
+			l.warn("refused a QUIC connection: too many wait to be answered", l.cfg.Limits.Unanswered)
+			l.accepting.Go(func() { conn.CloseWithError(codeRefused, "") })
+			continue
+		}
+		settled := sync.OnceFunc(func() { l.unanswered.Add(-1) })
+		k := newLink(conn, true, func(k *link) {
+			settled()
+			l.ended(k)
+		})
+		l.mu.Lock()
+		if conn.Context().Err() == nil { // else ended may have been called already
+			l.live[k] = struct{}{}
+		}
+		l.mu.Unlock()
+		c := newServerCandidate(k, settled)
+		select {
+		case l.queue <- c:
+		default: // connections that have ended unseen are still in it
+			l.accepting.Go(func() { c.Close() })
+		}
+	}
+}
+
+// warn counts a refusal and logs at most one in 10 seconds.
+func (l *Listener) warn(text string, limit int) {
+	l.refused.Add(1)
+	now, last := time.Now().Unix(), l.warned.Load()
+	if now-last >= 10 && l.warned.CompareAndSwap(last, now) {
+		l.cfg.Log.Warn(text, "limit", limit)
+	}
+}
+
+// ended forgets a connection.
+func (l *Listener) ended(k *link) {
+	l.mu.Lock()
+	delete(l.live, k)
+	last := l.draining && len(l.live) == 0
+	l.mu.Unlock()
+	if last {
+		l.finish()
+	}
+}
+
+// finish closes the transport and the socket.
+func (l *Listener) finish() {
+	l.finishing.Do(func() {
+		l.transport.Close()
+		l.sock.Close()
+		if n := l.sock.failed.Load(); n > 0 {
+			l.cfg.Log.Info("the kernel refused packets of the QUIC listener", "packets", n)
+		}
+		close(l.gone)
+	})
+}
+
+// ListenerStats are what a listener does at the moment, and counters since it began.
+type ListenerStats struct {
+	Handshakes  int    // open handshakes
+	Unanswered  int    // connections whose opening has not been answered
+	Connections int    // live connections, with the unanswered ones
+	Proved      uint64 // handshakes that began with a proof of the peer's address (Retry)
+	Refused     uint64 // connections refused because a limit was reached
+	Unsent      uint64 // packets that the kernel refused to send
+}
+
+// Stats returns the listener's figures.
+func (l *Listener) Stats() ListenerStats {
+	l.mu.Lock()
+	live := len(l.live)
+	l.mu.Unlock()
+	return ListenerStats{
+		Handshakes:  int(l.handshakes.Load()),
+		Unanswered:  int(l.unanswered.Load()),
+		Connections: live,
+		Proved:      l.proved.Load(),
+		Refused:     l.refused.Load(),
+		Unsent:      l.sock.failed.Load(),
+	}
+}
+
+// Accept returns the next connection; they come in the order in which their
+// handshakes ended. It must be called without delay, and what it returns be
+// read elsewhere.
+func (l *Listener) Accept(ctx context.Context) (tunnel.Candidate, error) {
+	select {
+	case <-l.closed:
+		return nil, l.end()
+	default:
+	}
+	select {
+	case c := <-l.queue:
+		return c, nil
+	case <-l.closed:
+		return nil, l.end()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (l *Listener) end() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failure != nil {
+		return l.failure
+	}
+	return net.ErrClosed
+}
+
+// Addr returns the socket's address.
+func (l *Listener) Addr() net.Addr { return l.sock.LocalAddr() }
+
+// Close stops accepting and refuses handshakes that are under way. Carriers
+// live on; the socket is closed with the last of them.
+func (l *Listener) Close() error {
+	l.closing.Do(func() {
+		l.mu.Lock()
+		l.draining = true
+		l.mu.Unlock()
+		l.quic.Close()
+		l.accepting.Wait()
+		for drained := false; !drained; {
+			select {
+			case c := <-l.queue:
+				c.Close()
+			default:
+				drained = true
+			}
+		}
+		l.mu.Lock()
+		last := len(l.live) == 0
+		l.mu.Unlock()
+		if last {
+			l.finish()
+		}
+	})
+	return nil
+}
+
+// Shutdown closes the listener and waits until its last connection has ended.
+// When ctx ends first it closes those that are left and returns ctx's error.
+// The socket is closed when it returns.
+func (l *Listener) Shutdown(ctx context.Context) error {
+	l.Close()
+	select {
+	case <-l.gone:
+		return nil
+	case <-ctx.Done():
+	}
+	l.mu.Lock()
+	var left []*link
+	for k := range l.live {
+		left = append(left, k)
+	}
+	l.mu.Unlock()
+	var all sync.WaitGroup
+	for _, k := range left {
+		all.Go(func() { k.close(codeDone, tunnel.Errorf(tunnel.ProxyStopped, "the listener was shut down")) })
+	}
+	all.Wait()
+	<-l.gone
+	return ctx.Err()
+}

@@ -1,0 +1,139 @@
+package tunnelquic
+
+import (
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"culvert/tunnel"
+)
+
+func TestABlockedWayAnnouncesRoom(t *testing.T) {
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	client, _ := carriers(t, l, dialer(t, c))
+	w := client.Datagrams()
+	writable := make(chan struct{}, 1)
+	w.Start(func([]byte) {}, func() {
+		select {
+		case writable <- struct{}{}:
+		default:
+		}
+	})
+	p := make([]byte, 1000)
+	for round := range 20 {
+		blocked := false
+		for range 1_000_000 { // faster than any congestion window
+			if err := w.Send(p); errors.Is(err, tunnel.ErrBlocked) {
+				blocked = true
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !blocked {
+			t.Fatal("a million datagrams were taken at once")
+		}
+		select {
+		case <-writable:
+		case <-time.After(8 * time.Second):
+			t.Fatalf("round %d: blocked, and never writable", round)
+		}
+	}
+}
+
+func TestMaxGrowsWithThePath(t *testing.T) {
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	client, _ := carriers(t, l, dialer(t, c))
+	w := client.Datagrams()
+	if m := w.Max(); m < 1200 || m > 1452 {
+		t.Fatalf("Max is %d at the start", m)
+	}
+	// Probes go out with traffic, one per 5 round trips (RFC 8899).
+	w.Start(func([]byte) {}, func() {})
+	soon(t, "Max reaches the discovered MTU", func() bool {
+		w.Send(make([]byte, 100))
+		return w.Max() > 1350
+	})
+	if err := w.Send(make([]byte, w.Max())); err != nil && !errors.Is(err, tunnel.ErrBlocked) {
+		t.Errorf("Send of Max: %v", err)
+	}
+	if err := w.Send(make([]byte, w.Max()+1)); !errors.Is(err, tunnel.ErrTooLarge) {
+		t.Errorf("Send of Max+1: %v", err)
+	}
+}
+
+func TestAnEndedWaySaysSo(t *testing.T) {
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	client, _ := carriers(t, l, dialer(t, c))
+	w := client.Datagrams()
+	reason := errors.New("over")
+	client.Close(reason)
+	if err := w.Send([]byte("x")); !errors.Is(err, reason) {
+		t.Errorf("Send after Close: %v", err)
+	}
+	w.Start(func([]byte) {}, func() {}) // must start nothing: the leak check would find it
+}
+
+func TestSendAllocatesNothing(t *testing.T) {
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	client, _ := carriers(t, l, dialer(t, c))
+	w := client.Datagrams().(*way) // not started: nobody takes what is sent
+	w.Max()
+	p := make([]byte, 1000)
+	if n := testing.AllocsPerRun(100, func() {
+		if err := w.Send(p); err == nil {
+			w.free <- <-w.filled
+		}
+	}); n > 0 {
+		t.Errorf("Send allocates %v times", n)
+	}
+}
+
+// A peer's first datagram may follow the answer at once, before Carrier.
+func TestDatagramsBetweenAnswerAndCarrierArrive(t *testing.T) {
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	cc, sc := connect(t, l, dialer(t, c))
+	defer cc.Close()
+	defer sc.Close()
+	step := func(from, to tunnel.Candidate) {
+		t.Helper()
+		if _, err := from.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(to, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	step(cc, sc)
+	step(sc, cc)
+	const sent = 20
+	for i := range sent {
+		if err := cc.(*candidate).conn.SendDatagram([]byte{byte(i)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	step(cc, sc) // travels behind them: they have arrived
+	server, err := sc.Carrier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close(nil)
+	got := make(chan byte, sent)
+	server.Datagrams().Start(func(p []byte) { got <- p[0] }, func() {})
+	for i := range sent {
+		select {
+		case b := <-got:
+			if int(b) != i {
+				t.Fatalf("datagram %d came as number %d", b, i)
+			}
+		case <-time.After(8 * time.Second):
+			t.Fatalf("%d of %d arrived", i, sent)
+		}
+	}
+}

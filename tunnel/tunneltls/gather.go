@@ -1,0 +1,47 @@
+package tunneltls
+
+import (
+	"net"
+	"sync"
+	"time"
+)
+
+// gather is the TCP connection as TLS writes it. Between hold and release the
+// records collect and leave with one system call, since those are
+// most of what a bulk transfer costs.
+type gather struct {
+	net.Conn
+	timeout time.Duration // Config.WriteTimeout
+
+	mu   sync.Mutex // the reading side of TLS writes too: alerts, key updates
+	held bool
+	buf  []byte
+}
+
+func (g *gather) Write(p []byte) (int, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.held {
+		g.buf = append(g.buf, p...)
+		return len(p), nil
+	}
+	return g.Conn.Write(p)
+}
+
+func (g *gather) hold() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held = true
+}
+
+func (g *gather) release() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held = false
+	_, err := g.Conn.Write(g.buf)
+	g.buf = g.buf[:0]
+	return err
+}
+
+// expect gives what is written next its time to leave.
+func (g *gather) expect() { g.Conn.SetWriteDeadline(time.Now().Add(g.timeout)) }

@@ -1,0 +1,194 @@
+package tunneltls
+
+import (
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"culvert/tunnel"
+)
+
+const (
+	// maxPending is how many bytes of records wait for the writer. As many may
+	// be on their way into TCP, and the kernel holds unsent bytes more: that is
+	// all that can grow old on this side of a lane. One datagram that is larger
+	// passes alone.
+	maxPending = 8 << 10
+	// readAtOnce is a lane's read buffer: one TLS record. It grows while a
+	// longer record comes in.
+	readAtOnce = 1 << 14
+)
+
+// lane implements tunnel.Lane on a connection that carries nothing else.
+//
+// Send puts a record into pending; the writer takes all of it at once, so that
+// what gathers while TCP is busy leaves as one TLS record.
+type lane struct {
+	link   *link
+	maxAge time.Duration
+	origin time.Time // of our clock
+	done   chan struct{}
+	news   chan struct{} // pending holds something
+	wg     sync.WaitGroup
+	late   atomic.Uint64
+
+	mu      sync.Mutex
+	pending []byte
+	blocked bool  // a Send was refused: writable is owed
+	err     error // set before done is closed
+}
+
+func newLane(l *link, cfg *Config) *lane {
+	keepShort(l.raw, unsent, cfg.WriteTimeout)
+	w := &lane{
+		link: l, maxAge: cfg.MaxAge, origin: time.Now(),
+		done: make(chan struct{}),
+		news: make(chan struct{}, 1),
+	}
+	w.wg.Go(func() {
+		<-w.done
+		w.link.shut()
+	})
+	return w
+}
+
+func (w *lane) Start(recv func([]byte), writable func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		return
+	}
+	w.wg.Go(func() { w.end(w.receive(recv)) })
+	w.wg.Go(func() { w.end(w.transmit(writable)) })
+}
+
+func (w *lane) Send(p []byte) error {
+	if len(p) > maxDatagram {
+		return tunnel.ErrTooLarge
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.err != nil:
+		return w.err
+	case len(w.pending) > 0 && len(w.pending)+recordHeader+len(p) > maxPending:
+		w.blocked = true
+		return tunnel.ErrBlocked
+	}
+	w.pending = appendRecord(w.pending, uint16(time.Since(w.origin).Milliseconds()), p)
+	select {
+	case w.news <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// transmit writes until the lane ends. It returns when TCP has taken nothing
+// for WriteTimeout: such a lane is of no use any more.
+func (w *lane) transmit(writable func()) error {
+	out := make([]byte, 0, maxPending)
+	for {
+		select {
+		case <-w.news:
+		case <-w.done:
+			return nil
+		}
+		w.mu.Lock()
+		w.pending, out = out[:0], w.pending
+		owed := w.blocked
+		w.blocked = false
+		w.mu.Unlock()
+		if owed {
+			writable() // there is room again, before and while TCP takes this
+		}
+		w.link.gather.expect()
+		if _, err := w.link.Write(out); err != nil {
+			return err
+		}
+		if cap(out) > 2*maxPending {
+			out = make([]byte, 0, maxPending)
+		}
+	}
+}
+
+// receive reads until the lane ends.
+func (w *lane) receive(recv func([]byte)) error {
+	var ages ages
+	buf := make([]byte, readAtOnce)
+	for have := 0; ; {
+		n, err := w.link.Read(buf[have:])
+		if err != nil {
+			return err
+		}
+		have += n
+		now := time.Since(w.origin)
+		at := 0
+		for {
+			sent, datagram, size, err := nextRecord(buf[at:have])
+			if err != nil {
+				return tunnel.Errorf(tunnel.Internal, "the peer broke the protocol: %w", err)
+			}
+			if size == 0 {
+				break
+			}
+			at += size
+			if ages.age(now, sent) > w.maxAge {
+				w.late.Add(1)
+				continue
+			}
+			recv(datagram)
+		}
+		have = copy(buf, buf[at:have])
+		if have == len(buf) { // a long record: grow with what has come, not with what it declares
+			buf = append(make([]byte, 0, min(2*len(buf), maxRecord)), buf...)
+			buf = buf[:cap(buf)]
+		}
+	}
+}
+
+func (w *lane) Max() int { return maxDatagram }
+
+func (w *lane) Name() string { return "lane" }
+
+// Lost counts "late": datagrams that were dropped on arrival because they were
+// older than Config.MaxAge.
+func (w *lane) Lost() map[string]uint64 {
+	return map[string]uint64{"late": w.late.Load()}
+}
+
+func (w *lane) Done() <-chan struct{} { return w.done }
+
+func (w *lane) Err() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
+// Close ends the lane; it returns within a second. It must not be called by
+// recv or writable.
+func (w *lane) Close(err error) error {
+	if err == nil {
+		err = net.ErrClosed
+	}
+	w.stop(err)
+	w.wg.Wait()
+	return nil
+}
+
+func (w *lane) end(err error) {
+	if err != nil {
+		w.stop(ended(err))
+	}
+}
+
+func (w *lane) stop(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = err
+		close(w.done)
+	}
+}
+
+var _ tunnel.Lane = (*lane)(nil)

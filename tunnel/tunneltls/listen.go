@@ -1,0 +1,195 @@
+package tunneltls
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"culvert/tunnel"
+)
+
+// listener implements tunnel.Listener.
+//
+//	accept ──► hello ──► slot ──► handshake ──► ready ──► Accept
+//	           └────────── HandshakeTimeout in all ──────────┘
+//
+// A connection takes a slot only once its whole ClientHello is here, so silent
+// ones keep nobody out.
+type listener struct {
+	ln    net.Listener
+	cfg   Config
+	held  chan struct{} // connections that nobody has accepted yet
+	slots chan struct{} // handshakes in progress
+	ready chan *candidate
+	ctx   context.Context
+	stop  context.CancelFunc
+	wg    sync.WaitGroup
+}
+
+// Listen serves a TCP listener, which it owns from now on.
+func Listen(ln net.Listener, cfg Config) (tunnel.Listener, error) {
+	cfg, err := cfg.validated()
+	if err != nil {
+		return nil, err
+	}
+	if ln == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "tunneltls: the listener is missing")
+	}
+	l := &listener{
+		ln:    ln,
+		cfg:   cfg,
+		held:  make(chan struct{}, cfg.Unauthenticated),
+		slots: make(chan struct{}, cfg.Handshakes),
+		ready: make(chan *candidate),
+	}
+	l.ctx, l.stop = context.WithCancel(context.Background())
+	l.wg.Go(l.serve)
+	return l, nil
+}
+
+func (l *listener) Addr() net.Addr { return l.ln.Addr() }
+
+func (l *listener) Accept(ctx context.Context) (tunnel.Candidate, error) {
+	if l.ctx.Err() != nil {
+		return nil, net.ErrClosed
+	}
+	select {
+	case c := <-l.ready:
+		return c, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-l.ctx.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *listener) Close() error {
+	l.stop()
+	err := l.ln.Close()
+	l.wg.Wait()
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+func (l *listener) serve() {
+	const slowest = time.Second
+	pause := 5 * time.Millisecond
+	for {
+		conn, err := l.ln.Accept()
+		switch {
+		case l.ctx.Err() != nil:
+			if err == nil {
+				conn.Close()
+			}
+			return
+		case errors.Is(err, net.ErrClosed): // closed by somebody else
+			l.stop()
+			return
+		case err != nil: // EMFILE, ENOBUFS, ECONNABORTED: it passes
+			l.cfg.Log.Warn("a TCP connection could not be accepted; trying again", "err", err, "after", pause)
+			select {
+			case <-time.After(pause):
+			case <-l.ctx.Done():
+			}
+			pause = min(2*pause, slowest)
+			continue
+		}
+		pause = 5 * time.Millisecond
+		select {
+		case l.held <- struct{}{}:
+			l.wg.Go(func() {
+				defer func() { <-l.held }()
+				l.admit(conn)
+			})
+		default:
+			conn.Close()
+		}
+	}
+}
+
+// admit takes one connection to the point where Accept has returned it.
+func (l *listener) admit(raw net.Conn) {
+	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
+	defer cancel()
+	c, err := l.handshake(ctx, raw)
+	if err != nil {
+		raw.Close()
+		l.cfg.Log.Debug("a TLS handshake failed", "from", raw.RemoteAddr(), "err", err)
+		return
+	}
+	select {
+	case l.ready <- c:
+	case <-ctx.Done():
+		raw.Close()
+	}
+}
+
+func (l *listener) handshake(ctx context.Context, raw net.Conn) (*candidate, error) {
+	tune(raw)
+	broken := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
+	hello, err := readHello(raw)
+	if !broken() || err != nil {
+		return nil, errors.Join(ctx.Err(), err)
+	}
+	select {
+	case l.slots <- struct{}{}:
+		defer func() { <-l.slots }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	g := &gather{Conn: &replay{Conn: raw, first: hello}, timeout: l.cfg.WriteTimeout}
+	conn := tls.Server(g, l.cfg.TLS)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	return &candidate{link: &link{Conn: conn, raw: raw, gather: g}, cfg: &l.cfg}, nil
+}
+
+// readHello reads the first TLS record. What does not begin as a handshake
+// record is refused without an answer.
+//
+//	+----------+--------------+--------------+----------------+
+//	| type (8) | version (16) | length (16)  | length bytes   |    RFC 8446 §5.1
+//	+----------+--------------+--------------+----------------+
+func readHello(r io.Reader) ([]byte, error) {
+	const (
+		head      = 5
+		handshake = 22
+		longest   = 1 << 14
+	)
+	var b bytes.Buffer // grows with what arrives, not with what is declared
+	if _, err := io.CopyN(&b, r, head); err != nil {
+		return nil, err
+	}
+	n := int64(binary.BigEndian.Uint16(b.Bytes()[3:]))
+	if b.Bytes()[0] != handshake || b.Bytes()[1] != 3 || n > longest {
+		return nil, errors.New("it does not begin with a TLS ClientHello")
+	}
+	_, err := io.CopyN(&b, r, n)
+	return b.Bytes(), err
+}
+
+// replay gives back what was read from a connection.
+type replay struct {
+	net.Conn
+	first []byte
+}
+
+func (r *replay) Read(p []byte) (int, error) {
+	if len(r.first) == 0 {
+		return r.Conn.Read(p)
+	}
+	n := copy(p, r.first)
+	if r.first = r.first[n:]; len(r.first) == 0 {
+		r.first = nil
+	}
+	return n, nil
+}

@@ -1,0 +1,18 @@
+//go:build !linux
+
+package tunneltls
+
+import (
+	"net"
+	"time"
+)
+
+const unsent = 16 << 10
+
+// Go sets TCP_NODELAY by itself; the rest is Linux's.
+
+func tune(net.Conn) {}
+
+func keepShort(net.Conn, int, time.Duration) {}
+
+func roundTrip(net.Conn) time.Duration { return 0 }

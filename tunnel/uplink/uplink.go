@@ -1,0 +1,551 @@
+package uplink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/session"
+	"culvert/tunnel/wire"
+)
+
+// Config is what an uplink needs.
+type Config struct {
+	Proxies   []string                          // cloud proxies as HOST:PORT, in order of preference; at least one
+	QUIC, TLS tunnel.Dialer                     // one may be nil
+	Open      func() (wire.Open, error)         // what to say of ourselves; asked anew each time, since tokens are renewed
+	Age       time.Duration                     // how long a datagram may wait; 0: media.MaxAge
+	GiveUp    time.Duration                     // how long to try after a session was lost; 0: 20 minutes
+	Log       *slog.Logger                      // nil: none
+	jitter    func(time.Duration) time.Duration // tests
+}
+
+const (
+	// headStart is what QUIC gets before TLS over TCP is tried too: a round
+	// trip of most paths, and little against the 700 ms that a start may take.
+	headStart = 150 * time.Millisecond
+	// openTime bounds the opening exchange.
+	openTime = 5 * time.Second
+	giveUp   = 20 * time.Minute
+
+	firstBackoff = 250 * time.Millisecond
+	maxBackoff   = 10 * time.Second // before jitter of half up or down
+	laneTries    = 4
+	maxRedirects = 3
+
+	// After a loss a call may be waiting: for so long pauses stay this short.
+	lossWatch   = 30 * time.Second
+	lossBackoff = time.Second
+)
+
+// Uplink is the near end of the tunnel: a tunnel.Link.
+//
+//	Run: ──► connect ──ok──► serve ──carrier lost──► backoff ──► connect …
+//	            │ failed: backoff                       │
+//	            └── can not be mended, or lost for 20 min ──► return the cause
+//
+//	connect: for each cloud proxy: race ──► Open ──► (no datagrams? lane) ──► attach
+//	race:    QUIC ─────────────► first handshake wins; the other is dropped
+//	         150 ms ──► TLS ───►
+//	serve:   where QUIC won, TLS joins beside it for new streams (see streams.go)
+type Uplink struct {
+	*session.Near
+	cfg Config
+	log *slog.Logger
+}
+
+// New checks the configuration.
+func New(cfg Config) (*Uplink, error) {
+	if len(cfg.Proxies) == 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "there is no cloud proxy to connect to; set cloud_proxy.address")
+	}
+	for _, p := range cfg.Proxies {
+		if _, err := tunnel.ParseTarget(p); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.QUIC == nil && cfg.TLS == nil || cfg.Open == nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "an uplink needs a dialer and something to say")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.GiveUp == 0 {
+		cfg.GiveUp = giveUp
+	}
+	if cfg.jitter == nil {
+		cfg.jitter = func(d time.Duration) time.Duration { return d/2 + rand.N(d) }
+	}
+	return &Uplink{Near: session.NewNear(cfg.Age), cfg: cfg, log: cfg.Log}, nil
+}
+
+// connection is a session that has been opened, with what serves it.
+type connection struct {
+	carrier tunnel.Carrier
+	lane    tunnel.Lane // nil: the carrier has datagrams of its own
+	lanes   tunnel.Dialer
+	welcome wire.Welcome
+	address string // where lanes go
+	state   tunnel.LinkState
+}
+
+// way is how the session's datagrams go; nil: neither the carrier has a way nor
+// is there a lane yet.
+func (c *connection) way() tunnel.Way {
+	if c.lane != nil {
+		return c.lane
+	}
+	return c.carrier.Datagrams()
+}
+
+func (c *connection) close(why error) {
+	if c.lane != nil {
+		c.lane.Close(why)
+	}
+	c.carrier.Close(why)
+}
+
+// Run implements tunnel.Link.
+func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.LinkState)) error {
+	var err error
+	defer func() {
+		why := err
+		if why == nil {
+			why = tunnel.Errorf(tunnel.ProxyStopped, "Culvert has been stopped; 'culvert start' starts it again")
+		}
+		u.EndAll(why)
+	}()
+	var said tunnel.LinkState
+	say := func(state tunnel.LinkState) {
+		if state.Phase == tunnel.LinkUp || state.Phase != said.Phase || state.Code != said.Code || state.Why != said.Why {
+			said = state
+			report(state)
+		}
+	}
+	say(tunnel.LinkState{Phase: tunnel.LinkConnecting, Why: "started"})
+	var lost time.Time // when the last session ended
+	everUp, wait := false, firstBackoff
+	for {
+		var c *connection
+		trying := time.Now()
+		if c, err = u.connect(ctx, mode); err == nil {
+			c.state.Took = time.Since(trying)
+			everUp = true
+			up := time.Now()
+			err = u.serve(ctx, c, mode, say)
+			lost = time.Now()
+			if lost.Sub(up) > maxBackoff { // else it may come and go as fast as it can
+				wait = firstBackoff
+			}
+		}
+		if ctx.Err() != nil {
+			err = nil
+			return nil
+		}
+		if final(err, everUp) || everUp && time.Since(lost) > u.cfg.GiveUp {
+			return err
+		}
+		say(connecting(err))
+		pause := u.cfg.jitter(wait)
+		u.log.Warn("no connection to the cloud proxy", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "again_in", pause.Round(time.Millisecond))
+		wait = min(2*wait, maxBackoff)
+		if everUp && time.Since(lost) < lossWatch {
+			wait = min(wait, lossBackoff) // a call may be waiting
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			err = nil
+			return nil
+		}
+	}
+}
+
+// connecting is the state after a failure.
+func connecting(err error) tunnel.LinkState {
+	code := tunnel.CodeOf(err)
+	return tunnel.LinkState{
+		Phase: tunnel.LinkConnecting, Code: code, Why: tunnel.Sentence(err),
+		Refused: saidNo(err) || code == tunnel.CertificateUntrusted,
+	}
+}
+
+// A refusal is what a cloud proxy said, in a connection that its certificate
+// has vouched for. The same code from elsewhere proves nothing.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error { return r.error }
+
+func saidNo(err error) bool {
+	var r refusal
+	return errors.As(err, &r)
+}
+
+// final says whether repeating can not mend the error: the cloud proxy itself
+// has said what only a person can change. A full quota empties, and a
+// certificate that is not the right one may be a captive portal's; but what is
+// wrong here from the beginning stays wrong.
+func final(err error, everUp bool) bool {
+	switch tunnel.CodeOf(err) {
+	case tunnel.TokenExpired, tunnel.TokenRejected, tunnel.VersionMismatch, tunnel.NotPermitted:
+		return saidNo(err)
+	case tunnel.ConfigInvalid:
+		return !everUp
+	}
+	return false
+}
+
+// connect opens a session with the first cloud proxy that grants one.
+func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode) (*connection, error) {
+	var first error // one that is not final before one that is
+	for _, address := range u.cfg.Proxies {
+		c, err := u.open(ctx, mode, address, maxRedirects)
+		if err == nil {
+			return c, nil
+		}
+		if first == nil || final(first, true) && !final(err, true) {
+			first = err
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, first
+}
+
+// open opens a session with one cloud proxy.
+func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, redirects int) (*connection, error) {
+	hello, err := u.cfg.Open()
+	if err != nil {
+		return nil, err
+	}
+	hello.Version = wire.Current
+	ask := wire.Message{Open: &hello}
+	cand, why, err := u.race(ctx, mode, address)
+	if err != nil {
+		return nil, err
+	}
+	m, err := exchange(ctx, cand, ask)
+	if tunnel.CodeOf(err) == tunnel.CloudUnreachable && mode == tunnel.ModeAuto && cand.Kind() == "quic" && u.cfg.TLS != nil && ctx.Err() == nil {
+		// UDP passed a handshake and then nothing.
+		cand.Close()
+		why = "UDP stopped passing after the QUIC handshake, so TLS over TCP is used"
+		if cand, err = u.cfg.TLS.Dial(ctx, address); err != nil {
+			return nil, err
+		}
+		m, err = exchange(ctx, cand, ask)
+	}
+	switch {
+	case err != nil:
+	case m.Refused != nil:
+		err = refusal{m.Refused.Err()}
+	case m.Redirect != nil:
+		cand.Close()
+		return u.follow(ctx, mode, address, m.Redirect.Addresses, redirects)
+	case m.Welcome == nil:
+		err = tunnel.Errorf(tunnel.Internal, "%s answered the opening with something else", address)
+	}
+	if err != nil {
+		cand.Close()
+		return nil, err
+	}
+	return u.adopt(ctx, cand, *m.Welcome, address, why)
+}
+
+// follow opens a session where a cloud proxy has sent us.
+func (u *Uplink) follow(ctx context.Context, mode tunnel.Mode, from string, to []string, redirects int) (*connection, error) {
+	if redirects == 0 || len(to) == 0 {
+		return nil, tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy at %s sends on to nowhere, or the %d cloud proxies asked send in a circle; tell its operator", from, maxRedirects+1)
+	}
+	var err error
+	for _, next := range to[:min(len(to), maxRedirects)] {
+		var c *connection
+		if c, err = u.open(ctx, mode, next, redirects-1); err == nil || ctx.Err() != nil {
+			return c, err
+		}
+	}
+	return nil, err
+}
+
+// exchange says one thing on a candidate and reads the answer.
+func exchange(ctx context.Context, cand tunnel.Candidate, m wire.Message) (wire.Message, error) {
+	cand.SetDeadline(time.Now().Add(openTime))
+	unhook := context.AfterFunc(ctx, func() { cand.SetDeadline(time.Unix(1, 0)) })
+	defer unhook()
+	err := wire.Write(cand, m)
+	if err == nil {
+		m, err = wire.Read(cand, wire.Version{})
+	}
+	var coded *tunnel.Error
+	if err != nil && !errors.As(err, &coded) {
+		err = tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy at %s closed the connection or did not answer: %w", cand.RemoteAddr(), err)
+	}
+	if err == nil {
+		err = cand.SetDeadline(time.Time{})
+	}
+	return m, err
+}
+
+// adopt makes a welcomed candidate the session's carrier, with a lane where it
+// has no datagrams.
+func (u *Uplink) adopt(ctx context.Context, cand tunnel.Candidate, w wire.Welcome, address, why string) (*connection, error) {
+	carrier, err := cand.Carrier()
+	if err != nil {
+		cand.Close()
+		return nil, err
+	}
+	c := &connection{carrier: carrier, welcome: w, address: w.Address}
+	if c.address == "" {
+		c.address = address
+	}
+	if c.way() == nil {
+		c.lanes = u.cfg.TLS
+		if c.lane, err = c.dialLane(ctx); err != nil {
+			carrier.Close(err)
+			return nil, err
+		}
+	}
+	c.state = tunnel.LinkState{
+		Phase: tunnel.LinkUp, Carrier: cand.Kind(), Way: c.way().Name(), Streams: cand.Kind(), Why: why, Session: w.Session,
+		Remote: cand.RemoteAddr(), Info: tunnel.ProxyInfo{Proxies: w.Proxies},
+	}
+	return c, nil
+}
+
+// dialLane joins one more connection to the session, for datagrams.
+func (c *connection) dialLane(ctx context.Context) (tunnel.Lane, error) {
+	cand, err := c.join(ctx, c.lanes, wire.AsLane)
+	if err != nil {
+		return nil, err
+	}
+	return cand.Lane()
+}
+
+// join joins one more connection to the session.
+func (c *connection) join(ctx context.Context, by tunnel.Dialer, as string) (tunnel.Candidate, error) {
+	cand, err := by.Dial(ctx, c.address)
+	if err != nil {
+		return nil, err
+	}
+	m, err := exchange(ctx, cand, wire.Message{Join: &wire.Join{Version: wire.Current, Session: c.welcome.Session, As: as}})
+	switch {
+	case err != nil:
+	case m.Refused != nil:
+		err = m.Refused.Err()
+	case m.Welcome == nil || m.Welcome.Session != c.welcome.Session:
+		err = tunnel.Errorf(tunnel.Internal, "%s answered a join with something else", c.address)
+	}
+	if err != nil {
+		cand.Close()
+		return nil, err
+	}
+	return cand, nil
+}
+
+// serve carries the session until its carrier is lost or ctx ends, and closes
+// everything. It returns why the carrier was lost.
+func (u *Uplink) serve(ctx context.Context, c *connection, mode tunnel.Mode, report func(tunnel.LinkState)) error {
+	stopped := errors.New("the sidecar has stopped")
+	at, err := u.Attach(ctx, c.carrier, c.way(), c.welcome)
+	if err != nil {
+		c.close(err)
+		return err
+	}
+	report(c.state)
+	u.log.Info("connected to the cloud proxy", "carrier", c.state.Carrier, "way", c.state.Way, "why", c.state.Why,
+		"remote", c.state.Remote, "session", c.state.Session, "took", c.state.Took.Round(time.Millisecond))
+	over := make(chan error, 1)
+	go func() { over <- at.Run() }()
+	beside, leave := context.WithCancel(ctx)
+	streams := make(chan string)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer leave()
+	if mode == tunnel.ModeAuto && c.state.Carrier == "quic" && u.cfg.TLS != nil {
+		wg.Go(func() { u.carryStreams(beside, c, at, streams) })
+	}
+	lose := func(err error) error {
+		err = wrapLost(err)
+		report(connecting(err)) // before closing, which may take a second
+		c.close(err)
+		return err
+	}
+	going := at.Going()
+	for {
+		var laneDone <-chan struct{}
+		if c.lane != nil {
+			laneDone = c.lane.Done()
+		}
+		select {
+		case <-ctx.Done():
+			c.close(stopped)
+			<-over
+			return nil
+		case err := <-over:
+			if err == nil {
+				err = tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy ended the connection")
+			}
+			return lose(err)
+		case <-laneDone:
+			u.log.Info("the lane for datagrams was lost", "why", c.lane.Err())
+			at.SetWay(nil)
+			if err := u.relane(ctx, c); err != nil {
+				err = lose(err)
+				<-over
+				return err
+			}
+			at.SetWay(c.way())
+		case c.state.Streams = <-streams:
+			report(c.state)
+		case <-going:
+			going = nil
+			u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
+		}
+	}
+}
+
+// relane replaces a lost lane.
+func (u *Uplink) relane(ctx context.Context, c *connection) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // a lane is of no use without its carrier
+		select {
+		case <-c.carrier.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	var err error
+	wait := time.Duration(0)
+	for range laneTries {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+		var lane tunnel.Lane
+		if lane, err = c.dialLane(ctx); err == nil {
+			c.lane = lane
+			return nil
+		}
+		if why := c.carrier.Err(); why != nil {
+			return why
+		}
+		if ctx.Err() != nil || tunnel.CodeOf(err) == tunnel.SessionUnknown {
+			return err
+		}
+		wait = u.cfg.jitter(max(2*wait, firstBackoff))
+	}
+	return err
+}
+
+func wrapLost(err error) error {
+	var coded *tunnel.Error
+	if errors.As(err, &coded) {
+		return err
+	}
+	return tunnel.Errorf(tunnel.CloudUnreachable, "the connection to the cloud proxy was lost: %w", err)
+}
+
+// race dials as the mode allows and returns the first candidate, with the
+// reason why it is the one.
+func (u *Uplink) race(ctx context.Context, mode tunnel.Mode, address string) (tunnel.Candidate, string, error) {
+	quic, tls := u.cfg.QUIC, u.cfg.TLS
+	switch mode {
+	case tunnel.ModeUDP:
+		tls = nil
+	case tunnel.ModeTCP:
+		quic = nil
+	}
+	switch {
+	case quic == nil && tls == nil:
+		return nil, "", tunnel.Errorf(tunnel.ConfigInvalid, "mode %s has no carrier here", mode)
+	case quic == nil:
+		c, err := tls.Dial(ctx, address)
+		return c, fmt.Sprintf("mode is %s", mode), err
+	case tls == nil:
+		c, err := quic.Dial(ctx, address)
+		return c, fmt.Sprintf("mode is %s", mode), err
+	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer func() { cancel(); wg.Wait() }() // the loser ends with us
+	type result struct {
+		c    tunnel.Candidate
+		err  error
+		kind string
+	}
+	results := make(chan result, 2)
+	dial := func(d tunnel.Dialer) {
+		wg.Go(func() {
+			c, err := d.Dial(ctx, address)
+			if err == nil && ctx.Err() != nil {
+				c.Close()
+				err = ctx.Err()
+			}
+			results <- result{c, err, d.Kind()}
+		})
+	}
+	began := time.Now()
+	dial(quic)
+	timer := time.NewTimer(headStart)
+	defer timer.Stop()
+	running, tlsStarted := 1, false
+	startTLS := func() {
+		if !tlsStarted {
+			tlsStarted = true
+			running++
+			dial(tls)
+		}
+	}
+	var errs [2]error
+	for running > 0 {
+		select {
+		case <-timer.C:
+			startTLS()
+		case r := <-results:
+			running--
+			switch {
+			case r.err == nil:
+				if running > 0 { // the other may have finished in this very moment
+					cancel()
+					wg.Wait()
+					if other := <-results; other.err == nil {
+						other.c.Close()
+					}
+				}
+				return r.c, raceWon(r.kind, time.Since(began), tlsStarted, errs[0]), nil
+			case r.kind == quic.Kind():
+				errs[0] = r.err
+				startTLS()
+			default:
+				errs[1] = r.err
+			}
+		}
+	}
+	if errs[1] != nil && tunnel.CodeOf(errs[1]) != tunnel.CloudUnreachable {
+		return nil, "", errs[1] // TCP got further than nowhere: that says more
+	}
+	if c := tunnel.CodeOf(errs[0]); c != tunnel.UDPBlocked && c != tunnel.CloudUnreachable {
+		return nil, "", errs[0]
+	}
+	return nil, "", tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy at %s answers neither over UDP nor over TCP; check the address, and that the firewall lets it through on this port: %w", address, errors.Join(errs[:]...))
+}
+
+func raceWon(kind string, took time.Duration, both bool, quicErr error) string {
+	ms := took.Round(time.Millisecond)
+	switch {
+	case kind == "quic" && !both:
+		return fmt.Sprintf("QUIC answered in %v", ms)
+	case kind == "quic":
+		return fmt.Sprintf("QUIC answered in %v, before TLS over TCP", ms)
+	case quicErr != nil:
+		return fmt.Sprintf("QUIC failed (%s), TLS over TCP answered in %v", tunnel.CodeOf(quicErr), ms)
+	}
+	return fmt.Sprintf("UDP had not answered when TLS over TCP did, after %v", ms)
+}
