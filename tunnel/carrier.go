@@ -19,6 +19,9 @@ type Carrier interface {
 	AcceptStream(context.Context) (Stream, error)
 	// Datagrams returns the carrier's own way for datagrams; nil: it has none.
 	Datagrams() Way
+	// Flow is the UDP flow under the carrier, for packets that are not the
+	// carrier's own; nil: it has none.
+	Flow() Flow
 	// ExportKey derives n bytes from the TLS connection (RFC 8446 §7.5).
 	ExportKey(label string, context []byte, n int) ([]byte, error)
 	// Done is closed when the carrier has ended; Err then says why.
@@ -58,6 +61,40 @@ type Way interface {
 	// Lost returns the datagrams that the way itself had to drop after taking
 	// them, by reason. Cheap enough to be called each second.
 	Lost() map[string]uint64
+}
+
+// A Flow is the UDP flow of a carrier: one socket and a peer. Packets of another
+// kind can share it with the carrier's as long as they look like QUIC packets
+// with a short header (RFC 8999 §5.2). It ends with its carrier: Send then fails.
+type Flow interface {
+	// Claim directs to recv the packets whose first byte is 01xxxxxx and whose
+	// next eight bytes are id. recv runs on the socket's reading goroutine,
+	// borrows p until it returns and must not block. It returns false for a
+	// packet that is not its own after all, which the carrier then gets. An id
+	// that is claimed already is an error.
+	Claim(id [8]byte, recv func(p []byte, from Path) bool) error
+	// Release ends a claim. It does not wait for a recv that runs.
+	Release(id [8]byte)
+	// Send sends one packet. It borrows p until it returns and never waits: a
+	// full socket is ErrBlocked, a packet larger than the local link can carry
+	// is ErrTooLarge. It may be called concurrently.
+	Send(p []byte, to Path) error
+	// Path is where the carrier itself sends at the moment.
+	Path() Path
+	// ResetToken is how this end's stateless resets end (RFC 9000 §10.3) that
+	// answer packets with this id when nobody claims it any more, so also after
+	// a restart. False: it sends none.
+	ResetToken(id [8]byte) (token [16]byte, ok bool)
+	// WatchReset calls f, at most once and on any goroutine, when a packet has
+	// come that ends with the token; nil ends the watch.
+	WatchReset(token [16]byte, f func())
+}
+
+// A Path is one pair of addresses. Local is invalid where the socket itself is
+// bound to one address.
+type Path struct {
+	Remote netip.AddrPort
+	Local  netip.Addr
 }
 
 // A Lane is a way with a connection of its own.

@@ -472,6 +472,8 @@ func (c *carrier) AcceptStream(ctx context.Context) (tunnel.Stream, error) {
 	}
 }
 
+func (c *carrier) Flow() tunnel.Flow { return nil }
+
 func (c *carrier) Datagrams() tunnel.Way {
 	if c.net.cfg.Kind == "tls" {
 		return nil

@@ -192,6 +192,7 @@ func (c *carrier) AcceptStream(ctx context.Context) (tunnel.Stream, error) {
 
 // Datagrams returns nil: datagrams have connections of their own, the lanes.
 func (c *carrier) Datagrams() tunnel.Way { return nil }
+func (c *carrier) Flow() tunnel.Flow     { return nil }
 
 func (c *carrier) ExportKey(label string, context []byte, n int) ([]byte, error) {
 	state := c.link.ConnectionState()

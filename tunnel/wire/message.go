@@ -64,6 +64,9 @@ type Open struct {
 	Token    string  `json:"token"` // a secret
 	Region   string  `json:"region,omitempty"`
 	Operator string  `json:"operator,omitempty"`
+	// Sealed are the AEADs that the sidecar takes for sealed packets on this
+	// connection, best first; empty: none.
+	Sealed []string `json:"sealed,omitempty"`
 }
 
 // Join brings another connection to a session. The TLS client certificate must
@@ -88,7 +91,21 @@ type Welcome struct {
 	Address string             `json:"address,omitempty"` // HOST:PORT of this very instance, to which every Join goes
 	Region  string             `json:"region,omitempty"`
 	Proxies []tunnel.ProxyAddr `json:"cloud_proxies,omitempty"` // the proxy information, in order of preference
+	Sealed  *Sealed            `json:"sealed,omitempty"`        // what sealed packets on this connection are made with; nil: there are none
+	Lanes   int                `json:"lanes,omitempty"`         // how many lanes serve this cloud proxy's TCP best; 0: it does not say
 }
+
+// Sealed says how sealed packets on a connection are made (PROTOCOL.md 5.4).
+type Sealed struct {
+	AEAD  string `json:"aead"`
+	Nonce string `json:"nonce"` // 16 bytes in hex, fresh for each Open and Join
+}
+
+// The AEADs of sealed packets.
+const (
+	AES128GCM        = "aes-128-gcm"
+	ChaCha20Poly1305 = "chacha20-poly1305"
+)
 
 // Limits are the session's bounds at the cloud proxy.
 type Limits struct {

@@ -56,6 +56,11 @@ const (
 	noticeAck         // context (16): it is known here, the short header suffices
 	noticeUnknown     // context (16): it is not known here, send the full header again
 	noticeUnreachable // association (32), code length (8), code, address
+	noticeReport      // see Report
+	noticeProbe       // see Probe
+	noticeAnswer      // see Answer
+	noticeFragment    // see Fragment
+	noticeReset       // see Reset
 )
 
 // ErrMalformed says that a record can not be read.
@@ -70,15 +75,6 @@ type Header struct {
 	Held        bool
 	Association uint32
 	Target      tunnel.Target
-}
-
-// Notice is a record that carries no datagram.
-type Notice struct {
-	Ack, Unknown uint16 // a context; 0: not this kind
-	Unreachable  bool
-	Association  uint32
-	Code         tunnel.Code
-	Address      netip.AddrPort // invalid: not known
 }
 
 // Append writes a header; the payload is appended behind it.
@@ -194,6 +190,11 @@ func ParseRecord(p []byte) (h Header, payload []byte, n Notice, isNotice bool, e
 	return h, nil, n, true, err
 }
 
+// IsNotice says whether a record is a notice, without reading it.
+func IsNotice(p []byte) bool {
+	return len(p) >= shortHeader && p[0] == 0 && p[1] == 0
+}
+
 func readNotice(kind uint16, p []byte) (n Notice, err error) {
 	switch kind {
 	case noticeAck, noticeUnknown:
@@ -219,6 +220,35 @@ func readNotice(kind uint16, p []byte) (n Notice, err error) {
 		t, _, err := readTarget(p[5+int(p[4]):])
 		n.Address = t.AddrPort()
 		return n, err
+	case noticeReport:
+		if len(p) < sizeReport {
+			return n, ErrMalformed
+		}
+		r := &Report{Use: readUse(p), Live: p[sizeUse]&flagLive != 0}
+		p = p[sizeUse+1:]
+		r.Time, r.Echo, r.Sent = binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:]), binary.BigEndian.Uint32(p[8:])
+		r.Lost, r.Rate, r.Delay = binary.BigEndian.Uint16(p[12:]), binary.BigEndian.Uint32(p[14:]), binary.BigEndian.Uint16(p[18:])
+		n.Report = r
+	case noticeProbe:
+		if len(p) < MinProbe-shortHeader {
+			return n, ErrMalformed
+		}
+		n.Probe = &Probe{Use: readUse(p), Nonce: binary.BigEndian.Uint64(p[sizeUse:]), Size: shortHeader + len(p)}
+	case noticeAnswer:
+		if len(p) < sizeAnswer {
+			return n, ErrMalformed
+		}
+		n.Answer = &Answer{Nonce: binary.BigEndian.Uint64(p), Size: binary.BigEndian.Uint16(p[8:])}
+	case noticeFragment:
+		if len(p) <= FragmentHeader-shortHeader || p[3] < 2 || p[2] >= p[3] {
+			return n, ErrMalformed
+		}
+		n.Fragment = Fragment{ID: binary.BigEndian.Uint16(p), Index: p[2], Count: p[3], Piece: p[4:]}
+	case noticeReset:
+		if len(p) < sizeReset {
+			return n, ErrMalformed
+		}
+		n.Reset = &Reset{Epoch: binary.BigEndian.Uint32(p), Token: [16]byte(p[4:])}
 	}
 	return n, nil // a kind of a newer minor version: ignored
 }
