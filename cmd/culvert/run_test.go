@@ -232,7 +232,7 @@ func (c *runCall) send(to netip.AddrPort) {
 		p = binary.BigEndian.AppendUint16(p, n)
 		p = binary.BigEndian.AppendUint32(p, uint32(n)*480)
 		p = binary.BigEndian.AppendUint32(p, 0xc0ffee) // SSRC
-		c.sent.Add(1) // before the write: the echo may be counted before this goroutine runs again
+		c.sent.Add(1)                                  // before the write: the echo may be counted before this goroutine runs again
 		if _, err := c.udp.Write(append(p, make([]byte, 160)...)); err != nil {
 			c.sent.Add(-1)
 		}
