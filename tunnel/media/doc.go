@@ -1,9 +1,11 @@
 // Package media keeps datagrams from being late because of us: the waiting
-// room in front of a way that can block, and the window that removes
-// duplicates.
+// room in front of the ways, the circuit breaker that shapes a way which has no
+// congestion control of its own, and the window that removes duplicates.
 //
 // It promises that nothing waits longer than its age limit, that the oldest is
-// dropped first, and that every drop is counted by its reason. It does not
-// choose ways, retransmit, or reorder: what waits leaves in the order in which
-// it came.
+// dropped first, that associations share what a way can take, that sound goes
+// before pictures, and that every drop is counted by its reason and its
+// association. Within one SSRC, and within an association that shows none,
+// what waits leaves in the order in which it came. It does not choose ways,
+// retransmit, or look beyond the first bytes of a datagram.
 package media

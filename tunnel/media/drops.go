@@ -17,10 +17,11 @@ const (
 	Malformed                // could not be read
 	Refused                  // the next stage refused it
 	OverLimit                // the session has reached a limit
+	FrameShed                // the rest of a video frame of which a part was dropped
 	reasonsEnd               // not a reason
 )
 
-var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded"}
+var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded", "frame_shed"}
 
 // String returns the reason's word.
 func (r Reason) String() string { return reasonWords[r] }

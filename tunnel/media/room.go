@@ -2,7 +2,9 @@ package media
 
 import (
 	"errors"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"culvert/tunnel"
@@ -12,129 +14,711 @@ import (
 // lost to a call.
 const MaxAge = 150 * time.Millisecond
 
-// maxWaiting bounds a room's memory, in bytes. At 150 ms it is reached above
-// 200 Mbit/s of media on a way that can not take it.
-const maxWaiting = 4 << 20
+const (
+	// maxWaiting bounds a room's memory, in bytes of buffers. At 150 ms it is
+	// reached above 150 Mbit/s of media on a way that can not take it.
+	maxWaiting = 4 << 20
+	// quantum is what an association may send in its turn, in bytes.
+	quantum = 1500
+	// patience is how long an association stays with a blocked outlet.
+	patience = 20 * time.Millisecond
+	// doubling is how long small packets go twice after their outlet stalled.
+	doubling = 200 * time.Millisecond
+	// burst is what a shaped room may send at once: so much of its rate, or a packet.
+	burst = 20 * time.Millisecond
+	// maxFresh is how long what an outlet last said of its Max is believed.
+	maxFresh = 100 * time.Millisecond
+)
 
-// A Room is the waiting room in front of one way. While the way takes
-// datagrams they pass straight through; what it can not take waits here,
-// in order, no longer than the age limit.
+// The classes, in the order in which they are served.
+const (
+	high = iota
+	low
+	classes
+)
+
+// A Room is the waiting room in front of one kind of way. While its outlets take
+// datagrams these pass straight through, without a lock that is common to the
+// room. What can not leave at once waits here:
+//
+//	Send -> straight to the outlet, if nothing waits for it, it is not blocked and the room not shaped
+//	     -> seat of the association, high or low queue -> outlet's ring of seats of that class
+//	writable, the clock, a new arrival -> pump: high before low, deficit round robin in each ring
+//
+// An outlet is a way; only lanes are several in one room. An association stays
+// with one outlet, so that nothing of it is reordered, and leaves it when that
+// has been blocked for 20 ms, has stalled, has failed or is removed. When an outlet is
+// added the associations are spread anew, each once.
 type Room struct {
-	way   tunnel.Way
 	age   time.Duration
 	drops *Drops
+	id    uint16 // tells rooms apart in what flows remember
+	own   Line   // of our notices
 
-	mu    sync.Mutex // held over way.Send, which never blocks, so that order holds
-	queue []waiting  // oldest first, from head on
-	head  int
-	bytes int
+	only    atomic.Pointer[outlet] // the outlet, while there is exactly one
+	spread  atomic.Uint32          // counts Adds; written under mu
+	waiting atomic.Int64           // datagrams that wait; written under mu
+
+	mu      sync.Mutex // guards the fields below and seats; taken before no other lock but a way's
+	outlets []*outlet
+	turn    int // the outlet for the next new association
+	bytes   int // of buffers that wait
+	seated  int // seats where something waits
+	rate    float64
+	tokens  float64   // bytes that may leave while shaped; less than 0: overdrawn
+	filled  time.Time // when tokens were counted
+	timer   *time.Timer
+	armed   bool
 }
 
-type waiting struct {
-	p     []byte
-	since time.Time
+var rooms atomic.Uint32
+
+// An outlet is a way and who waits for it.
+type outlet struct {
+	way     tunnel.Way
+	stalled func() bool // nil: it can not tell
+	// slow is false while datagrams may go straight to the way.
+	slow atomic.Bool
+
+	// Guarded by the room's mu.
+	rings   [classes]ring
+	waiting int
+	blocked bool      // Send was refused and writable has not been called since
+	since   time.Time // blocked since then
+	failed  bool      // Send returned another error
+	gone    bool      // removed
+	max     int       // what the way's Max returned
+	asked   time.Time // at that time
 }
 
-// NewRoom makes the room and starts the way with recv. age 0 means MaxAge.
-func NewRoom(way tunnel.Way, age time.Duration, drops *Drops, recv func([]byte)) *Room {
+// A seat is a line's place in one room.
+type seat struct {
+	room   *Room
+	line   *Line
+	older  *seat                  // the line's next seat; guarded by its mu
+	out    atomic.Pointer[outlet] // written under the room's mu
+	double atomic.Bool            // small packets go twice; written under the room's mu
+	spread atomic.Uint32          // Room.spread when the outlet was chosen; written under the room's mu
+
+	// Guarded by the room's mu.
+	queues  [classes]queue
+	waiting int
+	bytes   int
+	until   time.Time // the end of double
+}
+
+// NewRoom makes a room. age 0 means MaxAge. What it drops is counted in drops
+// and at the line.
+func NewRoom(age time.Duration, drops *Drops) *Room {
 	if age <= 0 {
 		age = MaxAge
 	}
-	r := &Room{way: way, age: age, drops: drops}
-	way.Start(recv, r.writable)
-	return r
+	return &Room{age: age, drops: drops, id: uint16(rooms.Add(1))}
 }
 
-// Way returns the way behind the room.
-func (r *Room) Way() tunnel.Way { return r.way }
-
-// Send sends p now, lets it wait, or drops and counts it. It borrows p. The
-// only error is tunnel.ErrTooLarge, which is counted too.
-func (r *Room) Send(p []byte) error {
+// Add starts w with recv and makes it an outlet of the room. A way that has a
+// method Stalled() bool is passed over while that returns true; it is called
+// for each datagram and must be cheap and safe for concurrent use.
+func (r *Room) Add(w tunnel.Way, recv func(p []byte)) {
+	o := &outlet{way: w}
+	if s, ok := w.(interface{ Stalled() bool }); ok {
+		o.stalled = s.Stalled
+	}
+	for c := range o.rings {
+		o.rings[c].class = c
+	}
+	w.Start(recv, func() { r.writable(o) })
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.queue) > r.head {
-		// The way has been blocked since an earlier datagram; writable comes.
-		r.expire(time.Now())
-		r.wait(p)
+	o.slow.Store(r.rate > 0)
+	r.outlets = append(r.outlets, o)
+	r.spread.Add(1)
+	r.pointLocked()
+}
+
+// Remove takes w out of the room. What waits for it goes to another outlet;
+// where there is none it is dropped and counted as NoWay.
+func (r *Room) Remove(w tunnel.Way) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i := slices.IndexFunc(r.outlets, func(o *outlet) bool { return o.way == w })
+	if i < 0 {
+		return
+	}
+	o := r.outlets[i]
+	r.outlets = slices.Delete(r.outlets, i, i+1)
+	o.gone = true
+	o.slow.Store(true)
+	r.pointLocked()
+	if len(r.outlets) == 0 {
+		r.discardLocked(o)
+	}
+	now := time.Now()
+	r.handOnLocked(o, now)
+	r.pumpLocked(now)
+}
+
+// pointLocked keeps only right after outlets has changed.
+func (r *Room) pointLocked() {
+	if len(r.outlets) == 1 {
+		r.only.Store(r.outlets[0])
+	} else {
+		r.only.Store(nil)
+	}
+}
+
+// Send sends record now, lets it wait, or drops and counts it. payload is the
+// application's datagram that record carries (or carries a piece of), looked at
+// only for its class; l is its association's line. l nil: a notice of ours,
+// which goes before others. Both slices are borrowed. The only error is
+// tunnel.ErrTooLarge, for a record longer than Max; it is not counted.
+func (r *Room) Send(l *Line, record, payload []byte) error {
+	m := mark{high: true}
+	if l != nil {
+		if m = l.look(r, payload); m.sheds(r) {
+			r.count(l, FrameShed)
+			return nil
+		}
+	} else {
+		l = &r.own
+	}
+	o := r.only.Load()
+	if o == nil {
+		// Several outlets, or none.
+		if s := l.seat(r); s.double.Load() {
+			return r.admit(l, m, record, nil)
+		} else if o = s.out.Load(); o == nil || s.spread.Load() != r.spread.Load() || o.stalled != nil && o.stalled() {
+			return r.admit(l, m, record, nil)
+		}
+	}
+	if o.slow.Load() {
+		return r.admit(l, m, record, nil)
+	}
+	switch err := o.way.Send(record); {
+	case err == nil:
+		return nil
+	case errors.Is(err, tunnel.ErrTooLarge):
+		return tunnel.ErrTooLarge
+	case errors.Is(err, tunnel.ErrBlocked):
+		return r.admit(l, m, record, nil)
+	default:
+		return r.admit(l, m, record, o)
+	}
+}
+
+// admit is Send where the straight way is not open. failed is an outlet that
+// has just returned an error for the record; nil: none.
+func (r *Room) admit(l *Line, m mark, record []byte, failed *outlet) error {
+	s := l.seat(r)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if failed != nil {
+		if len(r.outlets) < 2 {
+			r.count(l, WayFailed)
+			return nil
+		}
+		r.failLocked(failed, now)
+	}
+	o := r.placeLocked(s, now)
+	switch {
+	case o == nil:
+		r.count(l, NoWay)
+		return nil
+	case len(record) > o.largestLocked(now):
+		return tunnel.ErrTooLarge
+	case r.rate > 0 && l == &r.own && s.waiting == 0 && !o.blocked && o.way.Send(record) == nil:
+		// A notice counts, but the shape does not hold it up: it is what ends the shape.
+		r.refillLocked(now)
+		r.tokens -= float64(len(record))
 		return nil
 	}
-	switch err := r.way.Send(p); {
-	case err == nil:
-	case errors.Is(err, tunnel.ErrBlocked):
-		r.wait(p)
-	case errors.Is(err, tunnel.ErrTooLarge):
-		r.drops.Add(TooLarge)
-		return err
-	default:
-		r.drops.Add(WayFailed)
+	r.putLocked(s, m, record, now)
+	if !o.blocked {
+		r.pumpLocked(now)
+	}
+	r.doubleLocked(s, record, now)
+	r.settleLocked(now)
+	return nil
+}
+
+// largestLocked is the way's Max. It may cost the way an allocation, so it is
+// not asked for each datagram.
+func (o *outlet) largestLocked(now time.Time) int {
+	if now.Sub(o.asked) >= maxFresh {
+		o.max, o.asked = o.way.Max(), now
+	}
+	return o.max
+}
+
+// shunned says whether associations leave the outlet.
+func (o *outlet) shunned(now time.Time) bool {
+	return o.gone || o.failed || o.blocked && now.Sub(o.since) >= patience || o.stalled != nil && o.stalled()
+}
+
+// pickLocked returns the next outlet in turn that takes datagrams; nil: none does.
+func (r *Room) pickLocked(not *outlet, now time.Time) *outlet {
+	for range r.outlets {
+		o := r.outlets[r.turn%len(r.outlets)]
+		r.turn = (r.turn + 1) % len(r.outlets)
+		if o != not && !o.blocked && !o.shunned(now) {
+			return o
+		}
 	}
 	return nil
 }
 
-func (r *Room) wait(p []byte) {
-	for r.bytes+len(p) > maxWaiting && len(r.queue) > r.head {
-		r.pop()
-		r.drops.Add(Full)
+// placeLocked returns the outlet of a seat, chosen anew where there is reason
+// to; nil: the room has none.
+func (r *Room) placeLocked(s *seat, now time.Time) *outlet {
+	o := s.out.Load()
+	if len(r.outlets) == 0 {
+		return nil
 	}
-	r.queue = append(r.queue, waiting{append(make([]byte, 0, len(p)), p...), time.Now()})
-	r.bytes += len(p)
+	anew := o == nil || o.gone || s.waiting == 0 && s.spread.Load() != r.spread.Load()
+	if !anew && (len(r.outlets) == 1 || !o.shunned(now)) {
+		return o
+	}
+	to := r.pickLocked(nil, now)
+	if to == nil && anew {
+		to = r.outlets[r.turn%len(r.outlets)]
+	}
+	if to == nil || to == o {
+		s.spread.Store(r.spread.Load())
+		return o
+	}
+	r.moveLocked(s, to, now)
+	return to
 }
 
-// pop removes the oldest.
-func (r *Room) pop() {
-	r.bytes -= len(r.queue[r.head].p)
-	r.queue[r.head] = waiting{}
-	r.head++
-	switch {
-	case r.head == len(r.queue):
-		r.queue, r.head = r.queue[:0], 0
-	case r.head >= 64 && r.head*2 >= len(r.queue):
-		n := copy(r.queue, r.queue[r.head:])
-		clear(r.queue[n:])
-		r.queue, r.head = r.queue[:n], 0
-	}
-}
-
-func (r *Room) expire(now time.Time) {
-	for len(r.queue) > r.head && now.Sub(r.queue[r.head].since) > r.age {
-		r.pop()
-		r.drops.Add(Aged)
-	}
-}
-
-// writable sends what waits and is still young enough.
-func (r *Room) writable() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.expire(time.Now())
-	for len(r.queue) > r.head {
-		switch err := r.way.Send(r.queue[r.head].p); {
-		case err == nil:
-		case errors.Is(err, tunnel.ErrBlocked):
-			return
-		case errors.Is(err, tunnel.ErrTooLarge):
-			r.drops.Add(TooLarge)
-		default:
-			r.drops.Add(WayFailed)
+// moveLocked gives a seat, with what waits there, another outlet.
+func (r *Room) moveLocked(s *seat, to *outlet, now time.Time) {
+	from := s.out.Load()
+	for c := range s.queues {
+		if q := &s.queues[c]; q.ring != nil {
+			q.ring.remove(s)
+			to.rings[c].push(s)
 		}
-		r.pop()
+	}
+	if from != nil {
+		from.waiting -= s.waiting
+		from.flagLocked(r)
+		if from.stalled != nil && !from.gone && from.stalled() {
+			s.double.Store(true)
+			s.until = now.Add(doubling)
+		}
+	}
+	to.waiting += s.waiting
+	s.out.Store(to)
+	s.spread.Store(r.spread.Load())
+	to.flagLocked(r)
+}
+
+// handOnLocked moves all that waits for o to others, where there are any.
+func (r *Room) handOnLocked(o *outlet, now time.Time) {
+	for c := range o.rings {
+		for o.rings[c].head != nil {
+			to := r.pickLocked(o, now)
+			if to == nil && o.gone && len(r.outlets) > 0 {
+				to = r.outlets[r.turn%len(r.outlets)]
+			}
+			if to == nil {
+				return
+			}
+			r.moveLocked(o.rings[c].head, to, now)
+		}
 	}
 }
 
-// Discard drops and counts what waits, when the way is no longer used.
-func (r *Room) Discard() {
+// failLocked takes note of an error that a way among several has returned.
+func (r *Room) failLocked(o *outlet, now time.Time) {
+	o.failed = true
+	o.flagLocked(r)
+	r.handOnLocked(o, now)
+}
+
+// doubleLocked sends a small record on a second outlet shortly after the
+// first one of its association has stalled. The far end drops the later copy.
+func (r *Room) doubleLocked(s *seat, record []byte, now time.Time) {
+	switch {
+	case !s.double.Load():
+	case now.After(s.until):
+		s.double.Store(false)
+	case len(record) < smallMean:
+		if o := r.pickLocked(s.out.Load(), now); o != nil && o.waiting == 0 && r.rate == 0 {
+			r.sendLocked(o, record, now)
+		}
+	}
+}
+
+// putLocked lets a datagram wait.
+func (r *Room) putLocked(s *seat, m mark, record []byte, now time.Time) {
+	need := itemSize(len(record))
+	for r.bytes+need > maxWaiting {
+		// Whoever has more than a fair share makes room.
+		victim := s
+		if share := maxWaiting / (r.seated + 1); s.bytes+need <= share {
+			victim = r.largestSeatLocked()
+		}
+		if victim.waiting == 0 {
+			r.count(s.line, Full)
+			return
+		}
+		c := low
+		if victim.queues[low].head == nil {
+			c = high
+		}
+		r.dropLocked(victim, c, Full)
+	}
+	it := newItem(record)
+	it.mark, it.since = m, now
+	m.waits(1)
+	c := low
+	if m.high {
+		c = high
+	}
+	if m.flow != nil {
+		if here := uint32(r.id)<<1 | uint32(c); m.flow.where.Swap(here) != here {
+			r.followLocked(s, &m, c)
+		}
+	}
+	o, q := s.out.Load(), &s.queues[c]
+	q.insert(q.tail, it)
+	if q.ring == nil {
+		q.deficit = 0
+		o.rings[c].push(s)
+	}
+	if s.waiting++; s.waiting == 1 {
+		r.seated++
+	}
+	s.bytes += need
+	o.waiting++
+	r.bytes += need
+	r.waiting.Add(1)
+	o.slow.Store(true)
+	r.expireLocked(s, now)
+}
+
+// followLocked brings what waits of the flow of m into class c, in the order in
+// which it came: so its class may change at any time, and nothing of it
+// overtakes. An SSRC that has proved to be one takes its first packets along.
+func (r *Room) followLocked(s *seat, m *mark, c int) {
+	from, to := &s.queues[1-c], &s.queues[c]
+	for it := to.head; it != nil; it = it.next {
+		it.mark.settle(m)
+	}
+	var after *item // in to; what is moved comes behind it
+	for prev, it := (*item)(nil), from.head; it != nil; {
+		next := it.next
+		it.mark.settle(m)
+		if it.mark.flow != m.flow {
+			prev = it
+		} else {
+			from.cut(prev)
+			for n := to.after(after); n != nil && !n.since.After(it.since); n = to.after(after) {
+				after = n
+			}
+			to.insert(after, it)
+			after = it
+		}
+		it = next
+	}
+	if from.ring != nil && from.head == nil {
+		from.ring.remove(s)
+	}
+	if to.ring == nil && to.head != nil {
+		to.deficit = 0
+		s.out.Load().rings[c].push(s)
+	}
+}
+
+// largestSeatLocked returns the seat with the most bytes. Something waits.
+func (r *Room) largestSeatLocked() *seat {
+	var most *seat
+	for _, o := range r.outlets {
+		for c := range o.rings {
+			for s := o.rings[c].head; s != nil; s = s.queues[c].next {
+				if most == nil || s.bytes > most.bytes {
+					most = s
+				}
+			}
+		}
+	}
+	return most
+}
+
+// takeLocked removes an item from a seat, which leaves its ring when it was the last.
+func (r *Room) takeLocked(s *seat, c int, prev *item) *item {
+	q := &s.queues[c]
+	it := q.cut(prev)
+	it.mark.waits(-1)
+	if q.head == nil {
+		q.ring.remove(s)
+	}
+	n := cap(it.p)
+	s.bytes -= n
+	r.bytes -= n
+	s.out.Load().waiting--
+	r.waiting.Add(-1)
+	if s.waiting--; s.waiting == 0 {
+		r.seated--
+	}
+	return it
+}
+
+// dropLocked drops the oldest of a seat's class, and with a packet of a
+// video frame the frame's rest: a part of a frame is worth nothing.
+func (r *Room) dropLocked(s *seat, c int, why Reason) {
+	it := r.takeLocked(s, c, nil)
+	r.count(s.line, why)
+	m := it.mark
+	it.free()
+	if !m.rtp || c == high || why != Aged && why != Full {
+		return
+	}
+	m.flow.shedRest(m.time, r)
+	q := &s.queues[c]
+	for prev, at := (*item)(nil), q.head; at != nil; {
+		next := at.next
+		switch {
+		case at.mark.flow != m.flow || !at.mark.rtp:
+			prev = at
+		case at.mark.time != m.time:
+			return // the next frame: nothing of this one comes after it
+		default:
+			r.takeLocked(s, c, prev).free()
+			r.count(s.line, FrameShed)
+		}
+		at = next
+	}
+}
+
+func (r *Room) count(l *Line, why Reason) {
+	r.drops.Add(why)
+	l.drops.Add(why)
+}
+
+// expireLocked drops what a seat has held for too long.
+func (r *Room) expireLocked(s *seat, now time.Time) {
+	for c := range s.queues {
+		for q := &s.queues[c]; q.head != nil && now.Sub(q.head.since) > r.age; {
+			r.dropLocked(s, c, Aged)
+		}
+	}
+}
+
+// pumpLocked sends what waits and may leave.
+func (r *Room) pumpLocked(now time.Time) {
+	r.refillLocked(now)
+	for c := range classes {
+		for i := range r.outlets {
+			r.serveLocked(r.outlets[i], c, now)
+		}
+	}
+	for _, o := range r.outlets {
+		o.flagLocked(r)
+	}
+}
+
+// serveLocked gives the seats of one ring their turns (M. Shreedhar, G.
+// Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995).
+func (r *Room) serveLocked(o *outlet, c int, now time.Time) {
+	g := &o.rings[c]
+	for g.head != nil && !o.blocked && !o.failed && (r.rate == 0 || r.tokens > 0) {
+		s := g.head
+		if r.expireLocked(s, now); g.head != s {
+			continue
+		}
+		q := &s.queues[c]
+		if n := len(q.head.p); q.deficit < n {
+			q.deficit += quantum
+			g.remove(s)
+			g.push(s)
+			continue
+		}
+		p := q.head.p
+		err := r.sendLocked(o, p, now)
+		if err == errStays {
+			return
+		}
+		q.deficit -= len(p)
+		r.tokens -= float64(len(p))
+		it := r.takeLocked(s, c, nil)
+		switch {
+		case errors.Is(err, tunnel.ErrTooLarge):
+			r.count(s.line, TooLarge)
+		case err != nil:
+			r.count(s.line, WayFailed)
+		}
+		it.free()
+	}
+}
+
+// errStays says that a datagram was not sent and waits on.
+var errStays = errors.New("the datagram waits on")
+
+// sendLocked offers p to an outlet and draws the conclusions.
+func (r *Room) sendLocked(o *outlet, p []byte, now time.Time) error {
+	err := o.way.Send(p)
+	switch {
+	case err == nil, errors.Is(err, tunnel.ErrTooLarge):
+		return err
+	case errors.Is(err, tunnel.ErrBlocked):
+		o.blocked, o.since = true, now
+		o.slow.Store(true)
+		return errStays
+	case len(r.outlets) > 1:
+		r.failLocked(o, now)
+		if o.waiting == 0 {
+			return errStays
+		}
+	}
+	return err
+}
+
+// flagLocked keeps slow right.
+func (o *outlet) flagLocked(r *Room) {
+	o.slow.Store(o.blocked || o.failed || o.gone || o.waiting > 0 || r.rate > 0)
+}
+
+// writable is what an outlet calls when it takes datagrams again.
+func (r *Room) writable(o *outlet) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for len(r.queue) > r.head {
-		r.pop()
-		r.drops.Add(NoWay)
+	now := time.Now()
+	o.blocked = false
+	o.flagLocked(r)
+	r.pumpLocked(now)
+	r.settleLocked(now)
+}
+
+// settleLocked keeps the clock running while something waits.
+func (r *Room) settleLocked(now time.Time) {
+	if r.waiting.Load() == 0 || r.armed {
+		return
 	}
+	d := r.age / 8
+	if len(r.outlets) > 1 {
+		d = min(d, patience/4)
+	}
+	if r.rate > 0 {
+		if r.tokens <= 0 {
+			d = min(d, time.Duration((1-r.tokens)*8/r.rate*float64(time.Second)))
+		}
+		d = max(d, time.Millisecond)
+	}
+	r.armed = true
+	if r.timer == nil {
+		r.timer = time.AfterFunc(d, r.tick)
+	} else {
+		r.timer.Reset(d)
+	}
+}
+
+// tick moves what waits, or lets it age, where nothing else happens.
+func (r *Room) tick() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	r.armed = false
+	for _, o := range r.outlets {
+		for c := range o.rings {
+			for s := o.rings[c].head; s != nil; {
+				next := s.queues[c].next
+				r.expireLocked(s, now)
+				s = next
+			}
+		}
+		if len(r.outlets) > 1 && o.waiting > 0 && o.shunned(now) {
+			r.handOnLocked(o, now)
+		}
+	}
+	// A blocked outlet is tried once more: should its call of writable be lost,
+	// it costs a few milliseconds and not the call.
+	for _, o := range r.outlets {
+		if o.blocked && o.waiting > 0 {
+			since := o.since
+			o.blocked = false
+			r.pumpLocked(now)
+			if o.blocked {
+				o.since = since
+			}
+		}
+	}
+	r.pumpLocked(now)
+	r.settleLocked(now)
+}
+
+// refillLocked counts the bytes that may leave.
+func (r *Room) refillLocked(now time.Time) {
+	if r.rate == 0 {
+		return
+	}
+	most := max(r.rate/8*burst.Seconds(), quantum)
+	r.tokens = min(most, r.tokens+r.rate/8*now.Sub(r.filled).Seconds())
+	r.filled = now
+}
+
+// Shape bounds what leaves to so many bits a second, in bursts of at most 20 ms
+// or two packets; 0: it is free. What then has to wait is treated as on a way that is
+// blocked. Notices count but are not held up.
+func (r *Room) Shape(bitsPerSecond float64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	r.refillLocked(now)
+	if r.rate == 0 {
+		r.tokens = 0
+	}
+	r.rate, r.filled = max(0, bitsPerSecond), now
+	if r.armed && r.timer.Stop() {
+		r.armed = false
+	}
+	r.pumpLocked(now)
+	r.settleLocked(now)
+}
+
+// Max is the largest record that all outlets take at the moment, in bytes; 0:
+// there is none.
+func (r *Room) Max() int {
+	if o := r.only.Load(); o != nil {
+		return o.way.Max()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	least := 0
+	for i, o := range r.outlets {
+		if n := o.way.Max(); i == 0 || n < least {
+			least = n
+		}
+	}
+	return least
+}
+
+// Outlets returns how many ways the room has.
+func (r *Room) Outlets() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.outlets)
 }
 
 // Waiting returns the datagrams that wait.
-func (r *Room) Waiting() int {
+func (r *Room) Waiting() int { return int(r.waiting.Load()) }
+
+// Discard drops what waits and counts it as NoWay.
+func (r *Room) Discard() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.queue) - r.head
+	for _, o := range r.outlets {
+		r.discardLocked(o)
+		o.flagLocked(r)
+	}
+}
+
+func (r *Room) discardLocked(o *outlet) {
+	for c := range o.rings {
+		for g := &o.rings[c]; g.head != nil; {
+			r.dropLocked(g.head, c, NoWay)
+		}
+	}
 }
