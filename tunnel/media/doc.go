@@ -1,6 +1,7 @@
 // Package media keeps datagrams from being late because of us: the waiting
 // room in front of the ways, the circuit breaker that shapes a way which has no
-// congestion control of its own, and the window that removes duplicates.
+// congestion control of its own, and the window that removes duplicates. It
+// also cuts long records into fragments and joins them.
 //
 // It promises that nothing waits longer than its age limit, that the oldest is
 // dropped first, that associations share what a way can take, that sound goes

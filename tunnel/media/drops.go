@@ -17,7 +17,7 @@ const (
 	Malformed                // could not be read
 	Refused                  // the next stage refused it
 	OverLimit                // the session has reached a limit
-	FrameShed                // the rest of a video frame of which a part was dropped
+	FrameShed                // of a video frame that could not be sent whole
 	reasonsEnd               // not a reason
 )
 

@@ -70,6 +70,8 @@ type flow struct {
 	// shed is the RTP timestamp (32 bits), room (16) and number of packets (16)
 	// that are still to be dropped when they come.
 	shed atomic.Uint64
+	// begun is the RTP timestamp that a shaped room has last begun to send, and a 1.
+	begun atomic.Uint64
 
 	// Guarded by the line's mu.
 	ssrc   uint32
@@ -229,6 +231,7 @@ func (l *Line) flowLocked(ssrc uint32) *flow {
 // begin makes the flow another SSRC's.
 func (f *flow) begin(ssrc uint32) {
 	f.shed.Store(0)
+	f.begun.Store(0)
 	f.where.Store(0)
 	f.ssrc, f.time, f.seq, f.steps, f.meter = ssrc, 0, 0, 0, meter{}
 	f.moved, f.proven, f.judged, f.high = false, false, false, false

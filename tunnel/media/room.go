@@ -26,6 +26,8 @@ const (
 	doubling = 200 * time.Millisecond
 	// burst is what a shaped room may send at once: so much of its rate, or a packet.
 	burst = 20 * time.Millisecond
+	// soundLeaves is the part of a shaped rate that pictures are reckoned to get.
+	soundLeaves = 0.85
 	// maxFresh is how long what an outlet last said of its Max is believed.
 	maxFresh = 100 * time.Millisecond
 )
@@ -214,7 +216,7 @@ func (r *Room) admit(l *Line, m mark, record []byte, failed *outlet) error {
 	defer r.mu.Unlock()
 	now := time.Now()
 	if failed != nil {
-		if len(r.outlets) < 2 {
+		if n := len(r.outlets); n == 0 || n == 1 && r.outlets[0] == failed {
 			r.count(l, WayFailed)
 			return nil
 		}
@@ -473,7 +475,7 @@ func (r *Room) dropLocked(s *seat, c int, why Reason) {
 	r.count(s.line, why)
 	m := it.mark
 	it.free()
-	if !m.rtp || c == high || why != Aged && why != Full {
+	if !m.rtp || c == high || why != Aged && why != Full && why != FrameShed {
 		return
 	}
 	m.flow.shedRest(m.time, r)
@@ -530,6 +532,10 @@ func (r *Room) serveLocked(o *outlet, c int, now time.Time) {
 			continue
 		}
 		q := &s.queues[c]
+		if c == low && r.vainLocked(q, now) {
+			r.dropLocked(s, c, FrameShed)
+			continue
+		}
 		if n := len(q.head.p); q.deficit < n {
 			q.deficit += quantum
 			g.remove(s)
@@ -552,6 +558,31 @@ func (r *Room) serveLocked(o *outlet, c int, now time.Time) {
 		}
 		it.free()
 	}
+}
+
+// vainLocked says whether the head of q begins a video frame that a shaped room
+// can not send whole in time: then one that is younger goes in its place.
+func (r *Room) vainLocked(q *queue, now time.Time) bool {
+	m := &q.head.mark
+	if r.rate == 0 || !m.rtp || m.flow.begun.Load() == uint64(m.time)<<1|1 {
+		return false
+	}
+	bytes := 0
+	for it := q.head; it != nil && (it.mark.flow != m.flow || it.mark.time == m.time); it = it.next {
+		if it.mark.flow == m.flow {
+			bytes += len(it.p)
+		}
+	}
+	// The other associations that wait get as much; sound takes its part before.
+	need := time.Duration(float64(bytes*8*r.seated) / (soundLeaves * r.rate) * float64(time.Second))
+	if need > r.age { // no frame of this size can: what comes of a young one is for the application to judge
+		need = r.age / 2
+	}
+	if q.head.since.Add(r.age).Before(now.Add(need)) {
+		return true
+	}
+	m.flow.begun.Store(uint64(m.time)<<1 | 1)
+	return false
 }
 
 // errStays says that a datagram was not sent and waits on.
