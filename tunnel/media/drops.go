@@ -7,20 +7,22 @@ type Reason int
 
 // The reasons.
 const (
-	Aged       Reason = iota // waited longer than the age limit
-	Full                     // the waiting room held its limit of bytes
-	TooLarge                 // longer than the way can carry
-	NoWay                    // there was no way to send it on
-	WayFailed                // the way returned an error
-	Duplicate                // had arrived before
-	Unknown                  // for an association or context that is not known here
-	Malformed                // could not be read
-	Refused                  // the next stage refused it
-	OverLimit                // the session has reached a limit
-	reasonsEnd               // not a reason
+	Aged         Reason = iota // waited longer than the age limit
+	Full                       // the waiting room held its limit of bytes
+	TooLarge                   // longer than the way can carry
+	NoWay                      // there was no way to send it on
+	WayFailed                  // the way returned an error
+	Duplicate                  // had arrived before
+	Unknown                    // for an association or context that is not known here
+	Malformed                  // could not be read
+	Refused                    // the next stage refused it
+	OverLimit                  // the session has reached a limit
+	FragmentLost               // a piece of it did not come in time
+	FragmentBad                // a piece contradicts itself or the others
+	reasonsEnd                 // not a reason
 )
 
-var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded"}
+var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded", "fragment_incomplete", "fragment_malformed"}
 
 // String returns the reason's word.
 func (r Reason) String() string { return reasonWords[r] }
