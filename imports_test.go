@@ -83,7 +83,7 @@ var libraries = []struct {
 	{path: "github.com/coreos/go-systemd", by: []string{"cmd/..."}},
 	{path: "github.com/golang-jwt/jwt", by: []string{"cloudproxy/identity"}},
 	{path: "github.com/gaissmai/bart", by: []string{"policy"}},
-	{path: "go.uber.org/goleak", by: []string{"tunnel/tunneltest"}, testsToo: true},
+	{path: "go.uber.org/goleak", by: []string{"cmd/internal/cmdtest", "tunnel/tunneltest"}, testsToo: true},
 }
 
 // standardOnly import nothing but the standard library.
