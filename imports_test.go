@@ -41,16 +41,17 @@ var own = map[string][]string{
 	"tunnel/media":        {"tunnel", "tunnel/wire"},
 	"tunnel/session":      {"tunnel", "tunnel/wire", "tunnel/media"},
 	"tunnel/uplink":       {"tunnel", "tunnel/wire", "tunnel/media", "tunnel/session"},
-	"tunnel/tunnelquic":   {"tunnel"},
+	"tunnel/netio":        {"tunnel"},
+	"tunnel/tunnelquic":   {"tunnel", "tunnel/netio"},
 	"tunnel/tunneltls":    {"tunnel"},
 	"tunnel/tunneltest":   {"tunnel"},
 	"policy":              {"tunnel"},
-	"sidecar":             {"tunnel", "sidecar/channel"},
+	"sidecar":             {"tunnel", "tunnel/netio", "sidecar/channel"},
 	"sidecar/channel":     {},
 	"sidecar/control":     {"tunnel", "sidecar", "sidecar/channel"},
 	"cloudproxy":          {"tunnel", "tunnel/wire", "tunnel/session"},
 	"cloudproxy/identity": {"tunnel"},
-	"cloudproxy/egress":   {"tunnel"},
+	"cloudproxy/egress":   {"tunnel", "tunnel/netio"},
 	"cmd/...": {
 		"tunnel", "tunnel/wire", "tunnel/media", "tunnel/session", "tunnel/uplink", "tunnel/tunnelquic", "tunnel/tunneltls",
 		"policy", "sidecar/...", "cloudproxy/...", "cmd/internal/...",
@@ -82,7 +83,7 @@ var libraries = []struct {
 	{path: "github.com/coreos/go-systemd", by: []string{"cmd/..."}},
 	{path: "github.com/golang-jwt/jwt", by: []string{"cloudproxy/identity"}},
 	{path: "github.com/gaissmai/bart", by: []string{"policy"}},
-	{path: "go.uber.org/goleak", by: []string{"tunnel/tunneltest"}, testsToo: true},
+	{path: "go.uber.org/goleak", by: []string{"cmd/internal/cmdtest", "tunnel/tunneltest"}, testsToo: true},
 }
 
 // standardOnly import nothing but the standard library.

@@ -29,12 +29,13 @@ formatted() {
 staticcheck=$(go tool -n staticcheck)
 
 mapfile -t modules < <(git ls-files --cached --others --exclude-standard -- go.mod '*/go.mod' | xargs -n1 dirname)
+((${#modules[@]})) || { printf 'git names no module here, so nothing was checked.\n' >&2; exit 1; }
 for module in "${modules[@]}"; do
 	check 'these files are not formatted; run gofmt -w on them.' formatted
 	check 'go vet found a mistake.' go vet ./...
 	check 'staticcheck found a mistake.' "$staticcheck" ./...
 	check 'go.mod or go.sum is not tidy; run go mod tidy there.' go mod tidy -diff
-	check 'a test failed.' go test -race -shuffle=on ./...
+	check 'a test failed.' go test -race -shuffle=on -timeout 20m ./...
 done
 
 if ((${#failed[@]})); then

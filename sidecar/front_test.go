@@ -21,8 +21,9 @@ import (
 	"culvert/tunnel"
 )
 
-// frontPatience bounds what must happen soon on a busy machine.
-const frontPatience = 5 * time.Second
+// frontPatience bounds every wait for something that must happen. It is far
+// more than that takes on a busy machine.
+const frontPatience = time.Minute
 
 // frontDirect is an Opener that uses the network of this machine. Names are
 // looked up in hosts.
@@ -415,7 +416,6 @@ func TestFailureIsAnsweredAndClosed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := frontStart(t, &frontDirect{fail: tunnel.PolicyDenied}, nil)
 			c := frontDial(t, f)
-			c.SetDeadline(time.Now().Add(2 * time.Second)) // 1 s is what it may take
 			c.Write(tc.send)
 			got, err := io.ReadAll(c)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -561,10 +561,14 @@ func TestSilentConnectionsAreClosed(t *testing.T) {
 	for range 1000 {
 		silent = append(silent, frontDial(t, f))
 	}
-	// Others are served meanwhile.
-	c := frontConnect(t, f, tunnel.TargetOf(echo))
-	c.Write([]byte("x"))
-	frontRead(t, c, 1)
+	// Others are served meanwhile, if they are as quick as the limits want it.
+	frontEventually(t, "another is served", func() bool {
+		c := frontDial(t, f)
+		c.Write(append(bytes.Clone(frontGreet), frontRequestBytes(1, tunnel.TargetOf(echo))...))
+		c.Write([]byte("x"))
+		_, err := io.ReadFull(c, make([]byte, 2+10+1))
+		return err == nil
+	})
 	for _, s := range silent {
 		if _, err := s.Read(make([]byte, 1)); err != io.EOF {
 			t.Fatalf("read: %v, want EOF", err)
@@ -605,6 +609,7 @@ func TestOpenConnectionsAreBounded(t *testing.T) {
 	})
 	first := frontConnect(t, f, tunnel.TargetOf(echo))
 	frontConnect(t, f, tunnel.TargetOf(echo))
+	began := time.Now()
 	for range 50 {
 		c := frontDial(t, f)
 		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
@@ -617,8 +622,9 @@ func TestOpenConnectionsAreBounded(t *testing.T) {
 	if n := f.Stats().Refused["limit_exceeded"]; n != 50 {
 		t.Errorf("%d refusals were counted", n)
 	}
-	if n := strings.Count(log.text(), "\n"); n < 1 || n > 30 {
-		t.Errorf("%d lines were logged for 50 refusals", n)
+	const each = 10 // lines a second; a slow machine has more seconds
+	if n, most := strings.Count(log.text(), "\n"), each*(2+int(time.Since(began)/time.Second)); n < 1 || n > most {
+		t.Errorf("%d lines were logged for 50 refusals, want 1 to %d", n, most)
 	}
 }
 
@@ -807,7 +813,7 @@ func FuzzSOCKSRequest(f *testing.F) {
 			t.Skip(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(2 * time.Second))
+		c.SetDeadline(time.Now().Add(frontPatience))
 		c.Write(sent)
 		c.(*net.TCPConn).CloseWrite()
 		got, err := io.ReadAll(c)

@@ -43,8 +43,9 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// runPatience bounds every wait for something that should happen at once.
-const runPatience = 20 * time.Second
+// runPatience bounds every wait for something that must happen. It is far more
+// than that takes on a busy machine.
+const runPatience = time.Minute
 
 // runSocket is a path for a control socket; t.TempDir can be too long for one.
 func runSocket(t *testing.T) string {
@@ -177,14 +178,15 @@ func runEcho(t *testing.T) netip.AddrPort {
 }
 
 // runCall is an app that sends RTP (RFC 3550 §5.1) through a SOCKS5
-// association, 100 packets a second, and counts what comes back.
+// association, 100 packets a second, and counts what comes back. What does not
+// is not counted: a machine that stands still for a moment makes media too old
+// to be carried.
 type runCall struct {
-	control        net.Conn
-	udp            *net.UDPConn
-	sent, returned atomic.Int64
-	quiet          chan struct{} // closed: send no more
-	silent         func()        // closes quiet
-	hangUp         func()        // ends the association
+	control  net.Conn
+	udp      *net.UDPConn
+	returned atomic.Int64
+	quiet    chan struct{} // closed: send no more
+	hangUp   func()        // ends the association
 }
 
 func newRunCall(t *testing.T, proxy string, to netip.AddrPort) *runCall {
@@ -211,9 +213,8 @@ func newRunCall(t *testing.T, proxy string, to netip.AddrPort) *runCall {
 			}
 		}
 	})
-	call.silent = sync.OnceFunc(func() { close(call.quiet) })
 	call.hangUp = sync.OnceFunc(func() {
-		call.silent()
+		close(call.quiet)
 		c.Close()
 		u.Close()
 		wg.Wait()
@@ -232,10 +233,7 @@ func (c *runCall) send(to netip.AddrPort) {
 		p = binary.BigEndian.AppendUint16(p, n)
 		p = binary.BigEndian.AppendUint32(p, uint32(n)*480)
 		p = binary.BigEndian.AppendUint32(p, 0xc0ffee) // SSRC
-		c.sent.Add(1)                                  // before the write: the echo may be counted before this goroutine runs again
-		if _, err := c.udp.Write(append(p, make([]byte, 160)...)); err != nil {
-			c.sent.Add(-1)
-		}
+		c.udp.Write(append(p, make([]byte, 160)...))
 		select {
 		case <-tick.C:
 		case <-c.quiet:
@@ -292,7 +290,7 @@ func TestStopWaitsForTheCallAndStartBringsTheProxyBack(t *testing.T) {
 	}
 	stopped := make(chan result, 1)
 	go func() {
-		code, out, bad := runCLI(t, ctl("stop", "--wait", "35s")...)
+		code, out, bad := runCLI(t, ctl("stop", "--wait", "10m")...)
 		stopped <- result{code, out + bad}
 	}()
 	runEventually(t, "the stop waits", func() bool { return runStatus(t, socket).Draining })
@@ -301,18 +299,14 @@ func TestStopWaitsForTheCallAndStartBringsTheProxyBack(t *testing.T) {
 	if _, reply := runRequest(t, proxy, 1, far); reply[1] != 2 {
 		t.Errorf("a request while a stop waits: reply %d, want 2", reply[1])
 	}
-	call.quietly(t)
-	if lost := call.sent.Load() - call.returned.Load(); lost != 0 {
-		t.Errorf("%d of %d packets were lost on loopback", lost, call.sent.Load())
-	}
 	call.hangUp()
 	select {
 	case r := <-stopped:
 		if r.code != 0 || !strings.Contains(r.text, "stopped") {
-			t.Fatalf("stop --wait 35s: exit %d, %s", r.code, r.text)
+			t.Fatalf("stop --wait 10m: exit %d, %s", r.code, r.text)
 		}
 	case <-time.After(runPatience):
-		t.Fatal("stop --wait 35s does not notice the end of the call")
+		t.Fatal("stop --wait 10m does not notice the end of the call")
 	}
 
 	if out, _ := runWant(t, 0, ctl("status")...); !strings.Contains(out, "stopped since") {
@@ -348,16 +342,6 @@ func TestStopWaitsForTheCallAndStartBringsTheProxyBack(t *testing.T) {
 		t.Errorf("the control socket is still there: %v", err)
 	}
 	runWant(t, 4, ctl("status")...)
-}
-
-// quietly sends no more and waits for what is under way.
-func (c *runCall) quietly(t *testing.T) {
-	t.Helper()
-	c.silent()
-	deadline := time.Now().Add(2 * time.Second)
-	for c.returned.Load() < c.sent.Load() && time.Now().Before(deadline) {
-		time.Sleep(10 * time.Millisecond)
-	}
 }
 
 // runHTTPConnect asks for a tunnel and returns the status and the body.
@@ -438,9 +422,7 @@ func TestRunRefusesWhatCanNotWork(t *testing.T) {
 			if strings.Count(strings.TrimSpace(bad), "\n") != 0 {
 				t.Errorf("more than a line:\n%s", bad)
 			}
-			if err := goleak.Find(already); err != nil {
-				t.Error(err)
-			}
+			cmdtest.NothingRuns(t, already)
 			if _, err := os.Lstat(socket); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("there is a control socket: %v", err)
 			}
@@ -470,20 +452,10 @@ type runProcess struct {
 	exited chan struct{}
 }
 
-func newRunProcess(t *testing.T, args ...string) *runProcess {
-	t.Helper()
-	p := startRunProcess(t, nil, nil, args...)
-	runReady(t, p.socket)
-	return p
-}
-
 // startRunProcess does not wait until the sidecar is ready. stderr nil: p.log.
 func startRunProcess(t *testing.T, stderr *os.File, env []string, args ...string) *runProcess {
 	t.Helper()
 	p := &runProcess{socket: runSocket(t), log: &cmdtest.Text{}, exited: make(chan struct{})}
-	if len(args) == 0 {
-		args = []string{"--embedded"}
-	}
 	p.cmd = exec.Command(os.Args[0], append([]string{"run", "--listen", "127.0.0.1:0", "--control", p.socket}, args...)...)
 	p.cmd.Env = append(append(os.Environ(), runAsCulvert+"=1"), env...)
 	p.cmd.Stderr = p.log
@@ -513,12 +485,12 @@ func (p *runProcess) terminate(t *testing.T) {
 }
 
 // ends checks that the process ends by itself, in good order.
-func (p *runProcess) ends(t *testing.T, within time.Duration) {
+func (p *runProcess) ends(t *testing.T) {
 	t.Helper()
 	select {
 	case <-p.exited:
-	case <-time.After(within):
-		t.Fatalf("it still runs after %s", within)
+	case <-time.After(runPatience):
+		t.Fatalf("it still runs after %s", runPatience)
 	}
 	if code := p.cmd.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("exit %d", code)
@@ -528,48 +500,19 @@ func (p *runProcess) ends(t *testing.T, within time.Duration) {
 	}
 }
 
-// withoutCall is less than defaultStopWait: who takes no longer has not waited
-// to its end.
-const withoutCall = defaultStopWait / 2
+// broke is what a process logs when it ends in spite of a call.
+const broke = "stopping in spite of this"
 
-func TestSIGTERMEndsAnIdleSidecarAtOnce(t *testing.T) {
-	p := newRunProcess(t)
-	p.terminate(t)
-	p.ends(t, withoutCall)
-}
-
-func TestSIGTERMWaitsForTheEndOfACall(t *testing.T) {
-	p := newRunProcess(t)
-	call := newRunCall(t, runStatus(t, p.socket).Listen, runEcho(t))
-	runInChannel(t, p.socket)
-	p.terminate(t)
-	runEventually(t, "the process waits", func() bool { return runStatus(t, p.socket).Draining })
-	before := call.returned.Load()
-	runEventually(t, "media after the signal", func() bool { return call.returned.Load() > before+20 })
-	call.hangUp()
-	p.ends(t, withoutCall)
-}
-
-func TestASecondSIGTERMDoesNotWait(t *testing.T) {
-	p := newRunProcess(t)
-	newRunCall(t, runStatus(t, p.socket).Listen, runEcho(t))
-	runInChannel(t, p.socket)
-	p.terminate(t)
-	runEventually(t, "the process waits", func() bool { return runStatus(t, p.socket).Draining })
-	p.terminate(t)
-	p.ends(t, withoutCall)
-	if !strings.Contains(p.log.String(), "stopping in spite of this") {
-		t.Errorf("the log does not say that a call was broken:\n%s", p.log)
-	}
-}
-
-// From a file, with a cloud proxy that is not embedded.
-func TestSIGTERMBreaksACallThatOutlastsStopWait(t *testing.T) {
-	conf := &config.Sidecar{
+// runConfigured writes the configuration of a sidecar with a cloud proxy that
+// is not embedded, which it runs until the test ends. With a stopWait far above
+// runPatience, a process that ends has not waited to the end of it.
+func runConfigured(t *testing.T, stopWait time.Duration) (file string, conf *config.Sidecar, cloud *assemble.CloudProxy) {
+	t.Helper()
+	conf = &config.Sidecar{
 		CloudProxy: config.CloudProxyRef{Address: config.List{"127.0.0.1:443"}, ServerName: assemble.DefaultServerName},
 		Identity:   config.Identity{App: "embedded", Token: "embedded"},
 		Front:      config.Front{Listen: "127.0.0.1:0"},
-		StopWait:   config.Duration(300 * time.Millisecond),
+		StopWait:   config.Duration(stopWait),
 	}
 	cloud, err := assemble.Embedded(conf, slog.New(slog.DiscardHandler)) // points conf at it
 	if err != nil {
@@ -588,12 +531,61 @@ func TestSIGTERMBreaksACallThatOutlastsStopWait(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newRunProcess(t, "-c", runFile(t, string(text)))
-	newRunCall(t, runStatus(t, p.socket).Listen, runEcho(t))
+	return runFile(t, string(text)), conf, cloud
+}
+
+// runInCall is a process in whose channel an app speaks.
+func runInCall(t *testing.T, stderr *os.File, file string) (*runProcess, *runCall) {
+	t.Helper()
+	p := startRunProcess(t, stderr, nil, "-c", file)
+	runReady(t, p.socket)
+	call := newRunCall(t, runStatus(t, p.socket).Listen, runEcho(t))
 	runInChannel(t, p.socket)
+	return p, call
+}
+
+func TestSIGTERMEndsAnIdleSidecarAtOnce(t *testing.T) {
+	p := startRunProcess(t, nil, nil, "--embedded")
+	runReady(t, p.socket)
 	p.terminate(t)
-	p.ends(t, withoutCall)
-	if log := p.log.String(); !strings.Contains(log, "stopping in spite of this") || strings.Contains(log, conf.Identity.Token) {
+	p.ends(t)
+	if strings.Contains(p.log.String(), broke) {
+		t.Errorf("it waited for a call that was not there:\n%s", p.log)
+	}
+}
+
+func TestSIGTERMWaitsForTheEndOfACall(t *testing.T) {
+	file, _, _ := runConfigured(t, 10*runPatience)
+	p, call := runInCall(t, nil, file)
+	p.terminate(t)
+	runEventually(t, "the process waits", func() bool { return runStatus(t, p.socket).Draining })
+	before := call.returned.Load()
+	runEventually(t, "media after the signal", func() bool { return call.returned.Load() > before+20 })
+	call.hangUp()
+	p.ends(t)
+	if strings.Contains(p.log.String(), broke) {
+		t.Errorf("it did not see the end of the call:\n%s", p.log)
+	}
+}
+
+func TestASecondSIGTERMDoesNotWait(t *testing.T) {
+	file, _, _ := runConfigured(t, 10*runPatience)
+	p, _ := runInCall(t, nil, file)
+	p.terminate(t)
+	runEventually(t, "the process waits", func() bool { return runStatus(t, p.socket).Draining })
+	p.terminate(t)
+	p.ends(t)
+	if !strings.Contains(p.log.String(), broke) {
+		t.Errorf("the log does not say that a call was broken:\n%s", p.log)
+	}
+}
+
+func TestSIGTERMBreaksACallThatOutlastsStopWait(t *testing.T) {
+	file, conf, cloud := runConfigured(t, 300*time.Millisecond)
+	p, _ := runInCall(t, nil, file)
+	p.terminate(t)
+	p.ends(t)
+	if log := p.log.String(); !strings.Contains(log, broke) || strings.Contains(log, conf.Identity.Token) {
 		t.Errorf("the log should say that a call was broken, and not hold the token:\n%s", log)
 	}
 	runEventually(t, "the session ends at the cloud proxy", func() bool { return cloud.Sessions() == 0 })
@@ -607,10 +599,8 @@ func TestAThirdSIGTERMEndsAProcessThatHangs(t *testing.T) {
 	}
 	defer r.Close()
 	defer w.Close()
-	p := startRunProcess(t, w, nil, "--embedded")
-	runReady(t, p.socket)
-	newRunCall(t, runStatus(t, p.socket).Listen, runEcho(t))
-	runInChannel(t, p.socket)
+	file, _, _ := runConfigured(t, 10*runPatience)
+	p, _ := runInCall(t, w, file)
 	p.terminate(t)
 	runEventually(t, "the process waits", func() bool { return runStatus(t, p.socket).Draining })
 	fd := int(w.Fd())
@@ -663,17 +653,22 @@ func TestSystemdIsNotToldReadyAfterStopping(t *testing.T) {
 		return err == nil && st.State == "starting"
 	})
 	p.terminate(t)
-	p.ends(t, withoutCall)
+	p.ends(t)
 	// Everything that it said is in the socket's queue.
-	notify.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	queue, err := notify.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
 	var said []string
 	b := make([]byte, 256)
-	for {
-		n, err := notify.Read(b)
-		if err != nil {
-			break
-		}
-		said = append(said, string(b[:n]))
+	for more := true; more; {
+		queue.Read(func(fd uintptr) bool {
+			n, _, err := syscall.Recvfrom(int(fd), b, syscall.MSG_DONTWAIT)
+			if more = err == nil; more {
+				said = append(said, string(b[:n]))
+			}
+			return true
+		})
 	}
 	if len(said) != 1 || said[0] != "STOPPING=1" {
 		t.Errorf("systemd was told %q, want only STOPPING=1", said)

@@ -19,7 +19,7 @@ func TestLeavingEndsAWaitingStop(t *testing.T) {
 	}
 	select {
 	case <-ended:
-	case <-time.After(5 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the stop goes on waiting for nobody")
 		close(f.hold)
 	}

@@ -7,21 +7,23 @@ type Reason int
 
 // The reasons.
 const (
-	Aged       Reason = iota // waited longer than the age limit
-	Full                     // the waiting room held its limit of bytes
-	TooLarge                 // longer than the way can carry
-	NoWay                    // there was no way to send it on
-	WayFailed                // the way returned an error
-	Duplicate                // had arrived before
-	Unknown                  // for an association or context that is not known here
-	Malformed                // could not be read
-	Refused                  // the next stage refused it
-	OverLimit                // the session has reached a limit
-	FrameShed                // of a video frame that could not be sent whole
-	reasonsEnd               // not a reason
+	Aged         Reason = iota // waited longer than the age limit
+	Full                       // the waiting room held its limit of bytes
+	TooLarge                   // longer than the way can carry
+	NoWay                      // there was no way to send it on
+	WayFailed                  // the way returned an error
+	Duplicate                  // had arrived before
+	Unknown                    // for an association or context that is not known here
+	Malformed                  // could not be read
+	Refused                    // the next stage refused it
+	OverLimit                  // the session has reached a limit
+	FragmentLost               // a piece of it did not come in time
+	FragmentBad                // a piece contradicts itself or the others
+	FrameShed                  // of a video frame that could not be sent whole
+	reasonsEnd                 // not a reason
 )
 
-var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded", "frame_shed"}
+var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no_way", "way_failed", "duplicate", "unknown_association", "malformed", "refused", "limit_exceeded", "fragment_incomplete", "fragment_malformed", "frame_shed"}
 
 // String returns the reason's word.
 func (r Reason) String() string { return reasonWords[r] }

@@ -64,8 +64,6 @@ func (c *carrier) ended(ctx context.Context, err error) error {
 	return c.because(err)
 }
 
-func (c *carrier) Flow() tunnel.Flow { return nil }
-
 func (c *carrier) Datagrams() tunnel.Way {
 	if !c.conn.ConnectionState().SupportsDatagrams.Remote {
 		return nil

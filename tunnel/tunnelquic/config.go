@@ -18,6 +18,10 @@ const (
 	keepAlive   = 3 * time.Second // three tries in that time; it also keeps NAT bindings (30 s and more for UDP)
 )
 
+// connIDLen is the length of our connection IDs in bytes. Stateless reset tokens
+// are made of so much of an ID.
+const connIDLen = 4
+
 // Flow-control windows in bytes. They begin small and grow only as they are
 // read: quic-go doubles a window that is consumed within two round trips.
 const (

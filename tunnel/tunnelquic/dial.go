@@ -139,9 +139,13 @@ func (d *Dialer) dial(ctx context.Context, host string, to netip.AddrPort) (*can
 	if err != nil {
 		return nil, err
 	}
-	sock := &socket{UDPConn: udp}
+	sock, err := newSocket(udp, d.cfg, false)
+	if err != nil {
+		udp.Close()
+		return nil, err
+	}
 	sock.strict.Store(true)
-	transport := &quic.Transport{Conn: sock}
+	transport := &quic.Transport{Conn: sock, ConnectionIDLength: connIDLen}
 	drop := func() {
 		transport.Close()
 		udp.Close()
@@ -160,7 +164,8 @@ func (d *Dialer) dial(ctx context.Context, host string, to netip.AddrPort) (*can
 		return nil, err
 	}
 	sock.strict.Store(false)
-	l := newLink(conn, false, func(*link) {
+	sock.bound()
+	l := newLink(conn, sock, false, func(*link) {
 		if n := sock.failed.Load(); n > 0 {
 			d.cfg.Log.Info("the kernel refused packets of a QUIC connection", "remote", to, "packets", n)
 		}

@@ -14,6 +14,8 @@ import (
 // share it.
 type link struct {
 	conn   *quic.Conn
+	sock   *socket
+	flow   *flow
 	server bool
 	peer   ed25519.PublicKey
 	gone   chan struct{} // closed when the connection has ended and release has returned
@@ -24,12 +26,14 @@ type link struct {
 
 // newLink takes over conn. release is called once when the connection has
 // ended, for whatever reason.
-func newLink(conn *quic.Conn, server bool, release func(*link)) *link {
-	l := &link{conn: conn, server: server, gone: make(chan struct{})}
+func newLink(conn *quic.Conn, sock *socket, server bool, release func(*link)) *link {
+	l := &link{conn: conn, sock: sock, server: server, gone: make(chan struct{})}
 	if certs := conn.ConnectionState().TLS.PeerCertificates; len(certs) > 0 {
 		l.peer, _ = certs[0].PublicKey.(ed25519.PublicKey)
 	}
+	l.flow = newFlow(l)
 	context.AfterFunc(conn.Context(), func() {
+		l.flow.end()
 		release(l)
 		close(l.gone)
 	})

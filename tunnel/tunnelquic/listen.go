@@ -52,9 +52,13 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 	if conn == nil {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the QUIC listener needs a UDP socket")
 	}
+	sock, err := newSocket(conn, c, true)
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.CodeOf(err), "the QUIC listener can not use its socket: %w", err)
+	}
 	l := &Listener{
 		cfg:    c,
-		sock:   &socket{UDPConn: conn},
+		sock:   sock,
 		queue:  make(chan *candidate, c.Limits.Unanswered),
 		closed: make(chan struct{}),
 		gone:   make(chan struct{}),
@@ -62,6 +66,7 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 	}
 	l.transport = &quic.Transport{
 		Conn:                l.sock,
+		ConnectionIDLength:  connIDLen,
 		VerifySourceAddress: func(net.Addr) bool { return l.handshakes.Load() >= int64(c.Limits.Retry) },
 		ConnContext:         l.countHandshake,
 	}
@@ -78,6 +83,7 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 		l.transport.Close()
 		return nil, tunnel.Errorf(tunnel.CodeOf(err), "QUIC can not listen on %s: %w", conn.LocalAddr(), err)
 	}
+	l.sock.bound()
 	l.accepting.Go(l.accept)
 	return l, nil
 }
@@ -123,7 +129,7 @@ func (l *Listener) accept() {
 			continue
 		}
 		settled := sync.OnceFunc(func() { l.unanswered.Add(-1) })
-		k := newLink(conn, true, func(k *link) {
+		k := newLink(conn, l.sock, true, func(k *link) {
 			settled()
 			l.ended(k)
 		})

@@ -114,8 +114,13 @@ func examSizes(t *testing.T, a, b tunnel.Way) {
 			arrives(t, dir.from, dir.w, dir.to, noise(uint64(2000+n), n))
 		}
 	}
-	// What has been learnt of the path since must not have made Max a lie.
-	arrives(t, ra, a, rb, noise(2999, a.Max()))
+	// What has been learnt of the path since must not have made Max a lie. What
+	// arrives late of the first round has the same bytes at the same size.
+	for len(rb.got) > 0 {
+		<-rb.got
+	}
+	n := a.Max()
+	arrives(t, ra, a, rb, noise(uint64(2000+n), n))
 }
 
 func examTooLarge(t *testing.T, a, b tunnel.Way) {
@@ -247,5 +252,5 @@ func examLaneClose(t *testing.T, s Setup) {
 	}
 	far.Close(nil)
 	near.Close(nil)
-	goleak.VerifyNone(t, before)
+	nothingRuns(t, before)
 }

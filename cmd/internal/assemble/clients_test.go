@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"culvert/tunnel"
 )
@@ -62,6 +63,15 @@ func TestCurlMovesTenMiBEachWay(t *testing.T) {
 	server.onlyFromOutside(t)
 }
 
+// insisting is an input that says the same again and again, since a datagram
+// may be lost. The program that reads it must end by itself.
+type insisting string
+
+func (i insisting) Read(p []byte) (int, error) {
+	time.Sleep(100 * time.Millisecond)
+	return copy(p, i), nil
+}
+
 func TestSocksifiedUDPProgramReachesANameThatTheCloudProxyResolves(t *testing.T) {
 	socksify, nc := want(t, "socksify"), want(t, "nc")
 	resolveFar(t)
@@ -82,9 +92,9 @@ route {
 `, port), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			cmd := command(t, socksify, nc, "-u", "-w", "1", farName, fmt.Sprint(far.addr.Port()))
+			cmd := command(t, socksify, nc, "-u", "-W", "1", farName, fmt.Sprint(far.addr.Port())) // ends with the first answer
 			cmd.Env = append(cmd.Env, "SOCKS_CONF="+config)
-			cmd.Stdin = strings.NewReader("through the tunnel\n")
+			cmd.Stdin = insisting("through the tunnel\n")
 			out, err := cmd.CombinedOutput()
 			if !strings.Contains(string(out), "through the tunnel") {
 				t.Fatalf("%v: %s; front %+v", err, out, sc.Front.Stats())
@@ -112,7 +122,7 @@ func TestChromiumLoadsAPageFromBehindTheCloudProxy(t *testing.T) {
 	})
 	sc := newPath(t, tunnel.ModeAuto)
 	cmd := command(t, chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
-		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--user-data-dir="+t.TempDir(),
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--user-data-dir="+scratch(t),
 		"--proxy-server=socks5://"+sc.Front.Addr().String(), "--proxy-bypass-list=<-loopback>",
 		"--dump-dom", "http://"+net.JoinHostPort(farName, server.port)+"/")
 	var stderr bytes.Buffer

@@ -35,8 +35,13 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// patience bounds every wait for something that should happen at once.
-const patience = 20 * time.Second
+// patience bounds every wait for something that must happen. It is far more
+// than that takes on a busy machine.
+const patience = time.Minute
+
+// here is where cloud proxies listen. No other program binds this address, so
+// a port of it stays free while a cloud proxy is away.
+const here = "127.0.0.3:0"
 
 // outside is the address that the cloud proxy's traffic leaves from: whoever
 // sees it knows that the tunnel was not passed by.
@@ -62,7 +67,7 @@ func newSite(t *testing.T) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &site{listen: "127.0.0.1:0", reset: bytes.Repeat([]byte{7}, 32), log: &cmdtest.Text{}}
+	s := &site{listen: here, reset: bytes.Repeat([]byte{7}, 32), log: &cmdtest.Text{}}
 	if s.cert, err = tls.X509KeyPair(certPEM, keyPEM); err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +91,7 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	again := s.listen != "127.0.0.1:0"
+	again := s.listen != here
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		c, err = assemble.NewCloudProxy(assemble.CloudProxyParts{
 			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset, Policy: pol,
@@ -95,7 +100,7 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 			Limits: s.limits,
 			Drain:  time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
 		})
-		// Another program may have borrowed the port between the two.
+		// Another program may have borrowed the port of all addresses meanwhile.
 		if err == nil || !again || time.Now().After(deadline) {
 			break
 		}
@@ -111,12 +116,25 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 func (s *site) sidecar(t *testing.T, mode tunnel.Mode) *assemble.Sidecar {
 	t.Helper()
 	sc := s.stopped(t, mode)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	if _, err := sc.Switch.Start(ctx, sidecar.StartOptions{}); err != nil {
+	start(t, sc)
+	return sc
+}
+
+// start starts a sidecar, again where the handshakes took too long.
+func start(t *testing.T, sc *assemble.Sidecar) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; {
+		_, err := sc.Switch.Start(t.Context(), sidecar.StartOptions{})
+		switch tunnel.CodeOf(err) {
+		case "":
+			return
+		case tunnel.CloudUnreachable, tunnel.UDPBlocked, tunnel.TimedOut:
+			if time.Now().Before(end) {
+				continue
+			}
+		}
 		t.Fatal(err)
 	}
-	return sc
 }
 
 // stopped runs a sidecar of the site that is not started.
@@ -330,12 +348,28 @@ func want(t *testing.T, name string) string {
 // tests: no proxy variables, no .curlrc.
 func command(t *testing.T, name string, args ...string) *exec.Cmd {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 4*patience)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = time.Second
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}
+	cmd.WaitDelay = patience // for what the program leaves running
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + scratch(t)}
 	return cmd
+}
+
+// scratch is a folder that goes with the test, as far as what the program
+// leaves running lets it.
+func scratch(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "culvert")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for end := time.Now().Add(patience); os.RemoveAll(dir) != nil && time.Now().Before(end); {
+			time.Sleep(10 * time.Millisecond)
+		}
+	})
+	return dir
 }
 
 // eventually waits for a condition.

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 
 	"culvert/cmd/internal/assemble"
+	"culvert/cmd/internal/cmdtest"
 	"culvert/cmd/internal/config"
 	"culvert/sidecar"
 	"culvert/sidecar/control"
@@ -159,9 +160,7 @@ func TestGarbageDisturbsNobody(t *testing.T) {
 		}
 		text := fmt.Sprint("round ", rounds)
 		returns(t, stream, text)
-		if !a.echoes(t, text, farUDP.addr) {
-			t.Errorf("round %d: a datagram was lost", rounds)
-		}
+		eventually(t, text, func() bool { return a.echoes(t, text, farUDP.addr) })
 	}
 	if st := sc.Switch.Status(); st.State != sidecar.Running || sc.Link.Stats().Connects != 1 || cloud.Sessions() != 1 || len(farUDP.sources()) != 1 {
 		t.Errorf("after %d rounds: %+v, %d connects, %d sessions, %v", rounds, st, sc.Link.Stats().Connects, cloud.Sessions(), farUDP.sources())
@@ -230,9 +229,7 @@ func TestNothingIsLeftOfAPathThatWasInUse(t *testing.T) {
 				t.Fatal(err)
 			}
 			stop := background(t, sc.Run)
-			if _, err := sc.Switch.Start(t.Context(), sidecar.StartOptions{}); err != nil {
-				t.Fatal(err)
-			}
+			start(t, sc)
 			stream, a := connect(t, sc.Front.Addr(), farTCP), associate(t, sc.Front.Addr())
 			returns(t, stream, "hello")
 			eventually(t, "an echo", func() bool { return a.echoes(t, "hello", farUDP.addr) })
@@ -248,13 +245,10 @@ func TestNothingIsLeftOfAPathThatWasInUse(t *testing.T) {
 			if n, err := stream.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("the stream is still open: %d bytes, %v", n, err)
 			}
-			if err := goleak.Find(already); err != nil {
-				t.Error(err)
-			}
-			for _, network := range []string{"tcp", "udp"} { // the ports are free again
-				if err := bindable(network, cloud.Addr); err != nil {
-					t.Error(err)
-				}
+			cmdtest.NothingRuns(t, already)
+			for _, network := range []string{"tcp", "udp"} {
+				// Another program may have the port for a moment.
+				eventually(t, "the "+network+" port is free again", func() bool { return bindable(network, cloud.Addr) == nil })
 			}
 		})
 	}
