@@ -754,6 +754,7 @@ func TestRunEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	f.greeting = frontPatience // the silent one stays until the end
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- f.Run(ctx) }()

@@ -98,12 +98,12 @@ func runEventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// runReady waits until a sidecar has decided its first start.
+// runReady waits until a sidecar has decided its first start and runs.
 func runReady(t *testing.T, socket string) {
 	t.Helper()
 	runEventually(t, "the sidecar is ready", func() bool {
 		st, err := control.NewClient(socket).Status(t.Context())
-		return err == nil && st.Ready
+		return err == nil && st.Ready && st.State == "running"
 	})
 }
 
