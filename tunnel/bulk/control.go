@@ -22,14 +22,14 @@ const (
 	mostGrowth = 0.25 // of itself per second, after a while with an empty queue
 	mostReturn = 1.0  // the same, far below what the path has borne before
 	farBelow   = 0.7
-	mostFall   = 0.3 // of itself at one report
-	after      = 0.85
-	drainShare = 0.125
+	mostFall   = 0.3                    // of itself at one report
+	after      = 0.85                   // of what bulk had when the queue was full: its rate after a drain
+	drainShare = 0.125                  // of that: its rate during the drain
 	drainTime  = 500 * time.Millisecond // without success: less still
 	settleTime = 200 * time.Millisecond // after a drain: until reports speak of what came later
 
-	silence  = time.Second // without a report: halve
-	oldest   = 250 * time.Millisecond
+	silence  = time.Second            // without a report: halve
+	oldest   = 250 * time.Millisecond // how far apart reports are at most, as far as the loop is concerned
 	averaged = 500 * time.Millisecond // over which what is written is averaged
 )
 

@@ -69,10 +69,10 @@ func (d *deframer) want() int {
 		return firstBytes
 	case d.framing == turnTCP:
 		return channelHeader
-	case d.n >= 2 && binary.BigEndian.Uint16(d.head[:]) == 0:
+	case d.n < 2 || binary.BigEndian.Uint16(d.head[:]) == 0:
 		return 2 // an empty frame keeps the connection alive
 	}
-	return 3
+	return 3 // the kind of packet is looked at too
 }
 
 // framingOf decides by a direction's first bytes.

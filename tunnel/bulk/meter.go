@@ -62,7 +62,7 @@ func (m *meter) got(p []byte, now time.Duration) {
 	m.judge()
 }
 
-// wait and go on bracket the time in which a write waits for its share.
+// wait and goOn bracket the time in which a write waits for its share.
 func (m *meter) wait(now time.Duration) { m.waiting, m.waitingFrom = true, now }
 
 func (m *meter) goOn(now time.Duration) {
