@@ -33,21 +33,33 @@ type lane struct {
 	wg     sync.WaitGroup
 	late   atomic.Uint64
 
-	mu      sync.Mutex
-	pending []byte
-	blocked bool  // a Send was refused: writable is owed
-	err     error // set before done is closed
+	kernel func() (progress, bool) // false: it tells nothing
+
+	mu       sync.Mutex
+	pending  []byte
+	blocked  bool  // a Send was refused: writable is owed
+	err      error // set before done is closed
+	abort    bool  // so is this: there is nobody to say farewell to
+	pulse    pulse
+	watch    *time.Timer // made by the first Send
+	watching bool        // it runs
+	fresh    bool        // something was sent since the watch last looked
 }
 
 func newLane(l *link, cfg *Config) *lane {
 	keepShort(l.raw, unsent, cfg.WriteTimeout)
 	w := &lane{
 		link: l, maxAge: cfg.MaxAge, origin: time.Now(),
-		done: make(chan struct{}),
-		news: make(chan struct{}, 1),
+		done:   make(chan struct{}),
+		news:   make(chan struct{}, 1),
+		kernel: func() (progress, bool) { return ask(l.raw) },
 	}
 	w.wg.Go(func() {
 		<-w.done
+		if w.abort {
+			w.link.reset()
+			return
+		}
 		w.link.shut()
 	})
 	return w
@@ -76,6 +88,7 @@ func (w *lane) Send(p []byte) error {
 		w.blocked = true
 		return tunnel.ErrBlocked
 	}
+	w.watchLocked()
 	w.pending = appendRecord(w.pending, uint16(time.Since(w.origin).Milliseconds()), p)
 	select {
 	case w.news <- struct{}{}:
@@ -185,10 +198,18 @@ func (w *lane) end(err error) {
 func (w *lane) stop(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.err == nil {
-		w.err = err
-		close(w.done)
+	w.stopLocked(err)
+}
+
+func (w *lane) stopLocked(err error) {
+	if w.err != nil {
+		return
 	}
+	w.err = err
+	if w.watch != nil {
+		w.watch.Stop()
+	}
+	close(w.done)
 }
 
 var _ tunnel.Lane = (*lane)(nil)

@@ -2,6 +2,7 @@ package tunneltls
 
 import (
 	"net"
+	"sync"
 	"syscall"
 	"time"
 
@@ -39,6 +40,38 @@ func roundTrip(c net.Conn) (rtt time.Duration) {
 	})
 	return rtt
 }
+
+// ask asks what becomes of the data that c has sent.
+func ask(c net.Conn) (is progress, ok bool) {
+	control(c, func(fd int) {
+		i, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil {
+			return
+		}
+		const loss = 4 // TCP_CA_Loss of the kernel
+		ok = true
+		is = progress{
+			flying: int(i.Unacked),
+			sacked: int(i.Sacked),
+			acked:  i.Bytes_acked,
+			unsent: int(i.Notsent_bytes),
+			full:   int(i.Unacked)-int(i.Sacked)-int(i.Lost)+int(i.Retrans) >= int(i.Snd_cwnd),
+			expiry: i.Ca_state == loss,
+			trip:   time.Duration(i.Rtt) * time.Microsecond,
+		}
+	})
+	return is, ok
+}
+
+// bbr reports whether a TCP connection of this process can have BBR.
+var bbr = sync.OnceValue(func() bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	return unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "bbr") == nil
+})
 
 func control(c net.Conn, f func(fd int)) {
 	s, ok := c.(syscall.Conn)

@@ -16,3 +16,7 @@ func tune(net.Conn) {}
 func keepShort(net.Conn, int, time.Duration) {}
 
 func roundTrip(net.Conn) time.Duration { return 0 }
+
+func ask(net.Conn) (progress, bool) { return progress{}, false }
+
+func bbr() bool { return false }
