@@ -37,6 +37,7 @@ type Config struct {
 	Address   string             // HOST:PORT under which sidecars reach this very instance
 	Region    string             // told to sidecars; may be empty
 	Proxies   []tunnel.ProxyAddr // the proxy information; empty: this instance alone
+	Lanes     int                // how many lanes serve a session best, told to sidecars; 0: they decide
 	Age       time.Duration      // how long a datagram may wait for a sidecar's path; 0: media.MaxAge
 	Drain     time.Duration      // how long live sessions may take to finish when Run's context ends; 0: 30 s
 	Log       *slog.Logger       // nil: none
@@ -221,6 +222,10 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	}
 	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, release: release}
 	log := s.log.With("session", l.id, "app", l.app)
+	var sealed *wire.Sealed
+	if c.Kind() == "quic" {
+		sealed = session.OfferSealed(o.Sealed)
+	}
 	l.far = session.NewFar(session.FarConfig{
 		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
 		Limits: s.cfg.Limits, Age: s.cfg.Age,
@@ -243,14 +248,16 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		carrier, err := c.Carrier()
 		if err == nil {
 			log.Info("session opened", "from", c.RemoteAddr(), "carrier", c.Kind())
-			err = l.far.Serve(carrier)
+			err = l.far.Serve(carrier, l.id, sealed)
 		}
 		s.end(l.id, err)
 		drops := map[string]uint64{}
 		l.far.Drops(drops)
 		log.Info("session ended", "why", err, "dropped", drops)
 	}
-	return s.welcome(l), serve, nil
+	w := s.welcome(l)
+	w.Sealed = sealed
+	return w, serve, nil
 }
 
 // join brings a lane or another carrier to its session. A session of another key is as unknown as
@@ -284,7 +291,7 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 }
 
 func (s *Server) welcome(l *live) wire.Welcome {
-	return wire.Welcome{Session: l.id, Limits: l.far.Limits(), Address: s.cfg.Address, Region: s.cfg.Region, Proxies: s.cfg.Proxies}
+	return wire.Welcome{Session: l.id, Limits: l.far.Limits(), Address: s.cfg.Address, Region: s.cfg.Region, Proxies: s.cfg.Proxies, Lanes: s.cfg.Lanes}
 }
 
 // end ends a session once.

@@ -198,7 +198,7 @@ func TestWhereUDPIsSilentTLSCarriesStreamsAndALaneDatagrams(t *testing.T) {
 		s := w.sidecar(t, 0, tunnel.ModeAuto)
 		defer s.stop()
 		st := s.up(t)
-		if st.Carrier != "tls" || st.Way != "lane" || !strings.Contains(st.Why, "UDP had not answered") {
+		if st.Carrier != "tls" || st.Way != "lanes" || !strings.Contains(st.Why, "UDP had not answered") {
 			t.Errorf("state %+v", st)
 		}
 		if took := time.Since(began); took > 400*time.Millisecond {

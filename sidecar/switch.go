@@ -288,12 +288,12 @@ func switchLogged(e Event, was tunnel.LinkState) []any {
 	}
 	if e.Kind == "link" && e.From == e.To && e.Link != nil {
 		l := *e.Link
-		if l.Carrier == was.Carrier && l.Way == was.Way && l.Streams == was.Streams && l.Session == was.Session && l.Remote == was.Remote && l.Code == was.Code && l.Why == was.Why {
+		if l.Carrier == was.Carrier && l.Way == was.Way && l.WayWhy == was.WayWhy && l.Streams == was.Streams && l.Session == was.Session && l.Remote == was.Remote && l.Code == was.Code && l.Why == was.Why {
 			return nil
 		}
 		add("phase", e.To)
 		for _, c := range []struct{ name, was, is string }{
-			{"carrier", string(was.Carrier), string(l.Carrier)}, {"way", string(was.Way), string(l.Way)}, {"streams", string(was.Streams), string(l.Streams)},
+			{"carrier", string(was.Carrier), string(l.Carrier)}, {"way", was.Way, l.Way}, {"way_why", was.WayWhy, l.WayWhy}, {"streams", string(was.Streams), string(l.Streams)},
 			{"session", was.Session, l.Session}, {"cloud_proxy", switchRemote(was), switchRemote(l)},
 		} {
 			if c.was != c.is {

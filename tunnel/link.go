@@ -57,7 +57,8 @@ const (
 type LinkState struct {
 	Phase   Phase          `json:"phase"`
 	Carrier string         `json:"carrier,omitempty"` // "quic", "tls"
-	Way     string         `json:"way,omitempty"`     // how datagrams go: "quic-datagram", "lane"
+	Way     string         `json:"way,omitempty"`     // how datagrams go: "sealed", "quic-datagram", "lanes"
+	WayWhy  string         `json:"way_why,omitempty"` // why datagrams go this way: one sentence
 	Streams string         `json:"streams,omitempty"` // what carries new TCP streams: "quic", "tls"
 	Why     string         `json:"why,omitempty"`     // why this carrier and way, or why there is none: one sentence
 	Code    Code           `json:"code,omitempty"`    // the failure's code while connecting after one

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -286,10 +287,9 @@ func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 	}
 	switch l := st.Link; {
 	case l.Phase == tunnel.LinkUp:
-		row("carrier", "%s; datagrams: %s, streams: %s", l.Carrier, l.Way, l.Streams)
-		if l.Why != "" {
-			row("why", "%s", l.Why)
-		}
+		row("carrier", "%s: %s", l.Carrier, cmp.Or(l.Why, "no reason is known"))
+		row("datagrams", "%s: %s", l.Way, cmp.Or(l.WayWhy, "no reason is known"))
+		row("streams", "%s", l.Streams)
 		row("cloud proxy", "%s, round trip %s", l.Remote, st.Tunnel.RTT.Round(time.Millisecond/10))
 	case l.Phase != "":
 		row("carrier", "none: %s %s", l.Phase, l.Why)

@@ -22,28 +22,28 @@ var (
 
 func pathOf(s string) tunnel.Path { return tunnel.Path{Remote: netip.MustParseAddrPort(s)} }
 
-// A parcel is a packet that has been given to a flow.
-type parcel struct {
+// A sealedParcel is a packet that has been given to a flow.
+type sealedParcel struct {
 	p  []byte
 	to tunnel.Path
 }
 
 // flow is a tunnel.Flow whose packets wait until the test carries them.
-type flow struct {
+type memFlow struct {
 	mu      sync.Mutex
 	path    tunnel.Path
 	claims  map[[8]byte]func([]byte, tunnel.Path) bool
 	watches map[[16]byte]func()
 	resets  bool // it has reset tokens
-	sent    []parcel
+	sent    []sealedParcel
 	fails   func(n int) error // what Send returns for a packet of n bytes; nil: nothing fails
 }
 
-func newFlow(path tunnel.Path) *flow {
-	return &flow{path: path, claims: map[[8]byte]func([]byte, tunnel.Path) bool{}, watches: map[[16]byte]func(){}}
+func newFlow(path tunnel.Path) *memFlow {
+	return &memFlow{path: path, claims: map[[8]byte]func([]byte, tunnel.Path) bool{}, watches: map[[16]byte]func(){}}
 }
 
-func (f *flow) Claim(id [8]byte, recv func([]byte, tunnel.Path) bool) error {
+func (f *memFlow) Claim(id [8]byte, recv func([]byte, tunnel.Path) bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.claims[id] != nil {
@@ -53,13 +53,13 @@ func (f *flow) Claim(id [8]byte, recv func([]byte, tunnel.Path) bool) error {
 	return nil
 }
 
-func (f *flow) Release(id [8]byte) {
+func (f *memFlow) Release(id [8]byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.claims, id)
 }
 
-func (f *flow) Send(p []byte, to tunnel.Path) error {
+func (f *memFlow) Send(p []byte, to tunnel.Path) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.fails != nil {
@@ -67,22 +67,22 @@ func (f *flow) Send(p []byte, to tunnel.Path) error {
 			return err
 		}
 	}
-	f.sent = append(f.sent, parcel{slices.Clone(p), to})
+	f.sent = append(f.sent, sealedParcel{slices.Clone(p), to})
 	return nil
 }
 
-func (f *flow) Path() tunnel.Path {
+func (f *memFlow) Path() tunnel.Path {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.path
 }
 
-func (f *flow) ResetToken(id [8]byte) (token [16]byte, ok bool) {
+func (f *memFlow) ResetToken(id [8]byte) (token [16]byte, ok bool) {
 	copy(token[8:], id[:])
 	return token, f.resets
 }
 
-func (f *flow) WatchReset(token [16]byte, g func()) {
+func (f *memFlow) WatchReset(token [16]byte, g func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if g == nil {
@@ -93,7 +93,7 @@ func (f *flow) WatchReset(token [16]byte, g func()) {
 }
 
 // arrive gives the flow a packet. claimed: somebody has its ID; taken: and kept it.
-func (f *flow) arrive(p []byte, from tunnel.Path) (claimed, taken bool) {
+func (f *memFlow) arrive(p []byte, from tunnel.Path) (claimed, taken bool) {
 	if len(p) < 9 {
 		return false, false
 	}
@@ -103,7 +103,7 @@ func (f *flow) arrive(p []byte, from tunnel.Path) (claimed, taken bool) {
 	return recv != nil, recv != nil && recv(slices.Clone(p), from)
 }
 
-func (f *flow) take() []parcel {
+func (f *memFlow) take() []sealedParcel {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := f.sent
@@ -114,7 +114,7 @@ func (f *flow) take() []parcel {
 // An end is a sealed way with what it has received, and a plane that answers probes.
 type end struct {
 	*Sealed
-	flow *flow
+	flow *memFlow
 	got  []string // records that are no notices
 	rest []wire.Notice
 }
@@ -149,7 +149,7 @@ type pair struct {
 	near, far *end
 	from      tunnel.Path // where near's packets come from, and where far's must go to reach it
 	mtu       int         // longer packets vanish; 0: none do
-	lose      func(p parcel, up bool) bool
+	lose      func(p sealedParcel, up bool) bool
 	epochs    map[[8]byte]int // see epochOf
 }
 
@@ -158,7 +158,7 @@ func newPair(t testing.TB, aead string, limit uint64) *pair {
 }
 
 // carry carries packets both ways until there are none left, and returns them.
-func (w *pair) carry() (up, down []parcel) {
+func (w *pair) carry() (up, down []sealedParcel) {
 	for {
 		a, b := w.near.flow.take(), w.far.flow.take()
 		if len(a)+len(b) == 0 {
@@ -178,7 +178,7 @@ func (w *pair) carry() (up, down []parcel) {
 	}
 }
 
-func (w *pair) lost(p parcel, up bool) bool {
+func (w *pair) lost(p sealedParcel, up bool) bool {
 	return w.mtu > 0 && len(p.p) > w.mtu || w.lose != nil && w.lose(p, up)
 }
 
@@ -204,7 +204,7 @@ func (e *end) heard() (all []string) {
 }
 
 // ticks lets time pass in steps of the plane's reports, with traffic both ways.
-func (w *pair) ticks(t testing.TB, now *time.Time, d time.Duration, traffic ...string) (up, down []parcel) {
+func (w *pair) ticks(t testing.TB, now *time.Time, d time.Duration, traffic ...string) (up, down []sealedParcel) {
 	t.Helper()
 	for end := now.Add(d); now.Before(end); {
 		*now = now.Add(250 * time.Millisecond)

@@ -106,7 +106,7 @@ func TestAnotherSessionsPacketsAreNotOpened(t *testing.T) {
 	if err := other.Send(record("theirs")); err != nil {
 		t.Fatal(err)
 	}
-	p := other.flow.(*flow).take()[0].p
+	p := other.flow.(*memFlow).take()[0].p
 	if claimed, _ := w.far.flow.arrive(p, nearPath); claimed {
 		t.Error("two roots have the same ID")
 	}
@@ -297,7 +297,7 @@ func TestNoNonceIsUsedTwice(t *testing.T) {
 		t.Errorf("%d packets in %d epochs", len(sent), len(ids))
 	}
 	// The order of senders at a boundary is no order, but all can be opened.
-	slices.SortStableFunc(sent, func(a, b parcel) int {
+	slices.SortStableFunc(sent, func(a, b sealedParcel) int {
 		return w.epochOf(t, a) - w.epochOf(t, b)
 	})
 	for _, p := range sent {
@@ -309,7 +309,7 @@ func TestNoNonceIsUsedTwice(t *testing.T) {
 }
 
 // epochOf finds the epoch that near has sealed a packet in.
-func (w *pair) epochOf(t *testing.T, p parcel) int {
+func (w *pair) epochOf(t *testing.T, p sealedParcel) int {
 	t.Helper()
 	if w.epochs == nil {
 		w.epochs = map[[8]byte]int{}
@@ -430,7 +430,7 @@ func TestSealingAndOpeningCostNoAllocation(t *testing.T) {
 
 // direct is a flow that hands each packet to its peer at once.
 type direct struct {
-	*flow
+	*memFlow
 	peer func(p []byte)
 }
 
@@ -442,7 +442,7 @@ func benchPair(t testing.TB, aead string) (*Sealed, *int) {
 	far := newEnd(t, false, aead, epochPackets, nil)
 	far.Start(func([]byte) { *n++ }, nil)
 	var recv func([]byte, tunnel.Path) bool
-	up := &direct{flow: newFlow(farPath)}
+	up := &direct{memFlow: newFlow(farPath)}
 	id := [8]byte{}
 	up.peer = func(p []byte) {
 		if [8]byte(p[1:9]) != id { // another epoch

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"culvert/tunnel"
+	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
 	"culvert/tunnel/wire"
 )
@@ -50,6 +51,7 @@ type Far struct {
 	drops media.Drops
 	plane *plane
 	opens *rate.Limiter
+	pacer *bulk.Pacer
 
 	control    *control
 	controlled atomic.Bool // the control stream has come
@@ -81,8 +83,9 @@ func NewFar(cfg FarConfig) *Far {
 		assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	f.ctx, f.stop = context.WithCancelCause(context.Background())
-	f.plane = newPlane(cfg.Age, &f.drops)
-	f.plane.open = f.open
+	f.pacer = bulk.New()
+	f.plane = newPlane(cfg.Age, &f.drops, f.pacer)
+	f.plane.open, f.plane.told = f.open, f.pacer.Live
 	return f
 }
 
@@ -93,10 +96,18 @@ func (f *Far) Limits() wire.Limits {
 
 // Serve serves the session over its first carrier. It returns when the carrier
 // or the session has ended, and everything on the carrier with it. The session
-// ends with this carrier.
-func (f *Far) Serve(c tunnel.Carrier) error {
+// ends with this carrier. sealed is what Welcome has said of sealed packets on
+// this connection, for the session id; nil: there are none.
+func (f *Far) Serve(c tunnel.Carrier, id string, sealed *wire.Sealed) error {
 	if w := c.Datagrams(); w != nil {
-		f.plane.setWay(w)
+		f.plane.addWay(wire.WayDatagram, w)
+	}
+	s, err := newSealed(c, id, sealed, false, nil)
+	if err != nil {
+		f.Close(err)
+	} else if s != nil {
+		f.plane.addWay(wire.WaySealed, s)
+		defer s.Close()
 	}
 	return f.serve(c, true, f.Close)
 }
@@ -134,13 +145,13 @@ func (f *Far) serve(c tunnel.Carrier, first bool, ended func(error)) error {
 // ServeLane carries the session's datagrams over a lane until the lane or the
 // session ends.
 func (f *Far) ServeLane(l tunnel.Lane) error {
-	f.plane.setWay(l)
+	f.plane.addWay(wire.WayLanes, l)
 	select {
 	case <-l.Done():
 	case <-f.ctx.Done():
 		l.Close(context.Cause(f.ctx))
 	}
-	f.plane.dropWay(l)
+	f.plane.removeWay(wire.WayLanes, l)
 	return l.Err()
 }
 
@@ -151,7 +162,7 @@ func (f *Far) Close(why error) {
 		why = context.Canceled
 	}
 	f.stop(why)
-	f.plane.setWay(nil)
+	f.plane.close()
 	f.mu.Lock()
 	all := f.assocs
 	f.assocs = nil
@@ -269,7 +280,7 @@ func (f *Far) serveTarget(s tunnel.Stream, want *wire.Stream) {
 	}
 	unhook := context.AfterFunc(f.ctx, func() { out.Abort(context.Cause(f.ctx)) })
 	defer unhook()
-	tunnel.Splice(early, out)
+	tunnel.Splice(f.pacer.Wrap(early), out)
 }
 
 func target(want *wire.Stream) (tunnel.Target, error) {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
 	"culvert/tunnel/wire"
 )
@@ -19,6 +20,10 @@ import (
 type Near struct {
 	age   time.Duration
 	drops media.Drops
+
+	pacer  *bulk.Pacer
+	live   atomic.Bool   // a channel is live
+	wanted chan struct{} // capacity 1: Busy may have become true
 
 	streamNumber atomic.Uint64
 	streams      atomic.Int64
@@ -43,8 +48,41 @@ func (c *counter) add(n int) {
 // NewNear makes a near end. age bounds how long a datagram may wait for a
 // blocked way; 0 means media.MaxAge.
 func NewNear(age time.Duration) *Near {
-	return &Near{age: age, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
+	return &Near{age: age, pacer: bulk.New(), wanted: make(chan struct{}, 1), lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
 }
+
+// SetLive says whether a channel is live: bulk then gives way to it at both ends.
+func (n *Near) SetLive(live bool) {
+	n.live.Store(live)
+	n.pacer.Live(live)
+	if live {
+		n.want()
+	}
+}
+
+func (n *Near) want() {
+	select {
+	case n.wanted <- struct{}{}:
+	default:
+	}
+}
+
+// Wanted receives when Busy may have become true. It is for one receiver.
+func (n *Near) Wanted() <-chan struct{} { return n.wanted }
+
+// Busy reports whether a call may be near: a channel is live, or an association
+// is open.
+func (n *Near) Busy() bool {
+	if n.live.Load() {
+		return true
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.assocs) > 0
+}
+
+// Live returns what SetLive was last given.
+func (n *Near) Live() bool { return n.live.Load() }
 
 // Attached is a session with the carrier that serves it.
 type Attached struct {
@@ -55,14 +93,17 @@ type Attached struct {
 	welcome wire.Welcome
 	stream  tunnel.Stream
 	streams atomic.Pointer[tunnel.Carrier] // where new streams go; nil: the carrier
+	sealed  *media.Sealed                  // nil: there is none
+	news    chan struct{}                  // capacity 1: something about a way is new
 	going   chan struct{}                  // closed when the cloud proxy says that it is going
 	goOnce  sync.Once
 }
 
 // Attach makes a session the one that traffic goes into. Associations of an
-// earlier session are carried on; its streams end with its carrier. way may be
-// nil until SetWay.
-func (n *Near) Attach(ctx context.Context, c tunnel.Carrier, way tunnel.Way, welcome wire.Welcome) (*Attached, error) {
+// earlier session are carried on; its streams end with its carrier. The ways
+// that the carrier itself has are the session's, and datagrams go by whatever
+// is at hand until Use says how.
+func (n *Near) Attach(ctx context.Context, c tunnel.Carrier, welcome wire.Welcome) (*Attached, error) {
 	s, err := c.OpenStream(ctx)
 	if err != nil {
 		return nil, err
@@ -71,21 +112,75 @@ func (n *Near) Attach(ctx context.Context, c tunnel.Carrier, way tunnel.Way, wel
 		s.Close()
 		return nil, err
 	}
-	a := &Attached{near: n, carrier: c, control: newControl(), plane: newPlane(n.age, &n.drops), welcome: welcome, stream: s, going: make(chan struct{})}
+	a := &Attached{
+		near: n, carrier: c, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome, stream: s,
+		going: make(chan struct{}), news: make(chan struct{}, 1),
+	}
+	a.plane.live, a.plane.proved = n.live.Load, a.tellNews
+	if a.sealed, err = newSealed(c, welcome.Session, welcome.Sealed, true, func() {
+		c.Close(tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy has been restarted"))
+	}); err != nil {
+		s.Close()
+		return nil, err
+	}
 	n.mu.Lock()
 	for _, p := range n.assocs {
 		p.attach(a)
 	}
 	n.current = a
 	n.mu.Unlock()
-	a.plane.setWay(way)
+	if w := c.Datagrams(); w != nil {
+		a.plane.addWay(wire.WayDatagram, w)
+	}
+	if a.sealed != nil {
+		a.plane.addWay(wire.WaySealed, a.sealed)
+	}
 	n.attached.Add(1)
 	return a, nil
 }
 
-// SetWay changes how datagrams go; nil: they are dropped and counted until
-// there is a way again.
-func (a *Attached) SetWay(w tunnel.Way) { a.plane.setWay(w) }
+func (a *Attached) tellNews() {
+	select {
+	case a.news <- struct{}{}:
+	default:
+	}
+}
+
+// News receives when a probe has been answered.
+func (a *Attached) News() <-chan struct{} { return a.news }
+
+// AddLane makes a lane that has joined the session one of its ways.
+func (a *Attached) AddLane(l tunnel.Lane) { a.plane.addWay(wire.WayLanes, l) }
+
+// RemoveLane takes a lane out that has ended.
+func (a *Attached) RemoveLane(l tunnel.Lane) { a.plane.removeWay(wire.WayLanes, l) }
+
+// Use says how datagrams go from now on, in both directions: by the way first,
+// and by also too unless it is wire.NoWay. The cloud proxy learns it with the
+// next probe or report; a probe is sent at once.
+func (a *Attached) Use(first, also wire.Way) {
+	a.plane.say(first, also)
+	a.Probe(first, false)
+}
+
+// Probe asks whether records arrive by a way and back: a short one, or the
+// longest that the way takes in one packet. The answer shows in Way.
+func (a *Attached) Probe(kind wire.Way, large bool) {
+	p := a.plane
+	p.mu.RLock()
+	y, use := p.ways[kind], p.said
+	p.mu.RUnlock()
+	if y != nil {
+		y.probe(large, use)
+	}
+}
+
+// Reporting says whether reports have flowed for long enough that the peer's
+// must have come, since datagrams flow.
+func (a *Attached) Reporting() bool { return a.plane.reports.flowing() }
+
+// Way tells what is known about a way.
+func (a *Attached) Way(kind wire.Way) WayState { return a.plane.state(kind) }
 
 // SetStreams makes c, which has joined the session, carry new streams; nil: the
 // session's first carrier does again. Streams stay where they were opened.
@@ -121,7 +216,12 @@ func (a *Attached) Run() error {
 	if n.current == a {
 		n.current = nil
 	}
-	a.plane.setWay(nil)
+	n.mu.Unlock()
+	a.plane.close()
+	if a.sealed != nil {
+		a.sealed.Close()
+	}
+	n.mu.Lock()
 	a.plane.lostTo(n.lost)
 	n.mu.Unlock()
 	if cause := a.carrier.Err(); cause != nil {
@@ -215,7 +315,7 @@ func (n *Near) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target) 
 		return nil, err
 	}
 	n.streams.Add(1)
-	return &nearStream{Stream: s, near: n}, nil
+	return &nearStream{Stream: n.pacer.Wrap(s), near: n}, nil
 }
 
 func streamError(ctx context.Context, to tunnel.Target, err error) error {
@@ -273,6 +373,9 @@ func (n *Near) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, e
 	p := &nearPackets{near: n, id: n.nextID, held: by.Held, r: r}
 	p.attach(n.current)
 	n.assocs[p.id] = p
+	if len(n.assocs) == 1 {
+		n.want()
+	}
 	return p, nil
 }
 
@@ -363,7 +466,12 @@ func (n *Near) Stats() tunnel.LinkStats {
 	current := n.current
 	n.mu.Unlock()
 	if current != nil {
-		s.RTT = current.carrier.Stats().RTT
+		if u := current.plane.using.Load(); u != nil {
+			s.RTT = u.first.state().RTT
+		}
+		if s.RTT == 0 {
+			s.RTT = current.carrier.Stats().RTT
+		}
 		current.plane.lostTo(s.Dropped)
 	}
 	return s

@@ -8,28 +8,45 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
 	"culvert/tunnel/wire"
 )
 
 // A plane is the datagram side of one session at one end: contexts in both
-// directions and the legs of its associations. The path of a datagram:
+// directions, the legs of its associations, and the ways that records can go.
+// The path of a datagram:
 //
-//	 leg.send                                 plane.receive
-//	1 find the context for the address       5 parse the record
-//	2 number it                               6 learn or look up the context, answer it
-//	3 write header and payload once           7 drop duplicates by number
-//	4 Room: send, wait, or drop               8 leg.deliver
+//	 leg.send                                    plane.receive
+//	1 find the context for the address          6 parse the record
+//	2 number it                                  7 learn or look up the context, answer it
+//	3 write header and payload once              8 drop duplicates by number
+//	4 the way, or two, that Use names            9 leg.deliver
+//	5 Room: send, wait, or drop
 type plane struct {
-	age   time.Duration
-	drops *media.Drops
+	age    time.Duration
+	drops  *media.Drops
+	origin time.Time // of the clock in reports
 	// open makes the leg of an association that is new here; nil: none can be
 	// (the near end). It is called on a reading goroutine.
 	open func(id uint32, held bool) *leg
+	// live says whether a channel is live (the near end), and tells it what the
+	// peer says (the far end).
+	live   func() bool
+	told   func(live bool)
+	pacer  *bulk.Pacer
+	proved func() // something about a way is new; the near end. May be nil
 
-	room atomic.Pointer[media.Room]
+	using atomic.Pointer[using]
+	moved atomic.Uint64 // datagrams, both ways
 
-	mu   sync.RWMutex      // guards the fields below
+	reports reports
+	cutter  media.Cutter
+	joiner  media.Joiner
+
+	mu   sync.RWMutex // guards the fields below
+	ways [wire.WaysEnd]*way
+	said wire.Use
 	lost map[string]uint64 // datagrams lost by ways of the past, by reason
 	legs map[uint32]*leg
 	in   map[uint16]inContext
@@ -40,6 +57,9 @@ type plane struct {
 	// taken for another association's.
 	freed []freedContext
 }
+
+// using is where records go. also may be nil.
+type using struct{ first, also *way }
 
 type inContext struct {
 	leg *leg
@@ -74,6 +94,8 @@ type leg struct {
 	deliver     func(p []byte, at tunnel.Target)
 	unreachable func(at netip.AddrPort, err error)
 
+	line media.Line // its standing in the rooms
+
 	mu     sync.Mutex // guards number, out, last
 	number uint16
 	out    map[tunnel.Target]*outContext
@@ -86,44 +108,136 @@ type leg struct {
 	ended  atomic.Bool
 }
 
-func newPlane(age time.Duration, drops *media.Drops) *plane {
-	return &plane{age: age, drops: drops, lost: map[string]uint64{}, legs: map[uint32]*leg{}, in: map[uint16]inContext{}, out: map[uint16]*outContext{}}
-}
-
-// setWay makes w the way of everything sent from now on; nil: there is none.
-func (p *plane) setWay(w tunnel.Way) {
-	var room *media.Room
-	if w != nil {
-		room = media.NewRoom(w, p.age, p.drops, p.receive)
+func newPlane(age time.Duration, drops *media.Drops, pacer *bulk.Pacer) *plane {
+	p := &plane{
+		age: age, drops: drops, pacer: pacer, origin: time.Now(), lost: map[string]uint64{},
+		legs: map[uint32]*leg{}, in: map[uint16]inContext{}, out: map[uint16]*outContext{},
 	}
-	p.retire(p.room.Swap(room))
+	p.reports.plane, p.joiner.Drops = p, drops
+	return p
 }
 
-// dropWay forgets w if it is still the way in use.
-func (p *plane) dropWay(w tunnel.Way) {
-	if r := p.room.Load(); r != nil && r.Way() == w && p.room.CompareAndSwap(r, nil) {
-		p.retire(r)
+// clock is the time as reports tell it.
+func (p *plane) clock(now time.Time) uint32 { return uint32(now.Sub(p.origin).Microseconds()) }
+
+// addWay adds a transport to a kind of way.
+func (p *plane) addWay(kind wire.Way, t tunnel.Way) {
+	p.mu.Lock()
+	y := p.ways[kind]
+	if y == nil {
+		y = newWay(p, kind)
+		p.ways[kind] = y
 	}
+	p.mu.Unlock()
+	y.add(t)
+	p.choose()
 }
 
-// retire keeps the counts of a way that is no longer in use.
-func (p *plane) retire(r *media.Room) {
-	if r == nil {
+// removeWay takes a transport back.
+func (p *plane) removeWay(kind wire.Way, t tunnel.Way) {
+	p.mu.Lock()
+	y := p.ways[kind]
+	p.mu.Unlock()
+	if y == nil || y.remove(t) {
 		return
 	}
-	r.Discard()
+	p.mu.Lock()
+	if p.ways[kind] == y {
+		p.ways[kind] = nil
+	}
+	p.mu.Unlock()
+	p.choose()
+	y.room.Discard()
+}
+
+// close takes all ways out and ends the reports.
+func (p *plane) close() {
+	for kind, y := range p.allWays() {
+		if y == nil {
+			continue
+		}
+		for _, t := range y.transports() {
+			p.removeWay(wire.Way(kind), t)
+		}
+	}
+	p.reports.end()
+}
+
+func (p *plane) allWays() [wire.WaysEnd]*way {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	return p.ways
+}
+
+// say sets how datagrams go, at the near end, which decides.
+func (p *plane) say(first, also wire.Way) {
+	p.mu.Lock()
+	p.said = wire.Use{N: p.said.N + 1, Way: first, Also: also}
+	p.mu.Unlock()
+	p.choose()
+}
+
+// obey takes what the near end says, at the far end.
+func (p *plane) obey(u wire.Use) {
+	p.mu.Lock()
+	news := p.open != nil && u.N != 0 && (p.said.N == 0 || int32(u.N-p.said.N) > 0)
+	if news {
+		p.said = u
+	}
+	p.mu.Unlock()
+	if news {
+		p.choose()
+	}
+}
+
+// unproved is the order in which ways are used that nobody has decided on:
+// sealed packets are used only when they have been seen to arrive.
+var unproved = [...]wire.Way{wire.WayDatagram, wire.WayLanes, wire.WaySealed}
+
+// choose finds the ways for what was said last.
+func (p *plane) choose() {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	find := func(k wire.Way) *way {
+		if k >= wire.WaysEnd {
+			return nil // of a newer minor version
+		}
+		return p.ways[k]
+	}
+	u := &using{first: find(p.said.Way), also: find(p.said.Also)}
+	for _, k := range unproved {
+		if u.first == nil {
+			u.first = p.ways[k]
+		}
+	}
+	if u.also == u.first {
+		u.also = nil
+	}
+	if u.first == nil {
+		u = nil
+	}
+	p.using.Store(u)
+}
+
+// retire keeps the counts of a transport that is no longer in use.
+func (p *plane) retire(t tunnel.Way) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for reason, n := range r.Way().Lost() {
+	for reason, n := range t.Lost() {
 		p.lost[reason] += n
 	}
 }
 
 // lostTo adds what the session's ways have lost, by reason.
 func (p *plane) lostTo(m map[string]uint64) {
-	if r := p.room.Load(); r != nil {
-		for reason, n := range r.Way().Lost() {
-			m[reason] += n
+	for _, y := range p.allWays() {
+		if y == nil {
+			continue
+		}
+		for _, t := range y.transports() {
+			for reason, n := range t.Lost() {
+				m[reason] += n
+			}
 		}
 	}
 	p.mu.RLock()
@@ -131,6 +245,17 @@ func (p *plane) lostTo(m map[string]uint64) {
 	for reason, n := range p.lost {
 		m[reason] += n
 	}
+}
+
+// state tells what is known about a way.
+func (p *plane) state(kind wire.Way) WayState {
+	p.mu.RLock()
+	y := p.ways[kind]
+	p.mu.RUnlock()
+	if y == nil {
+		return WayState{}
+	}
+	return y.state()
 }
 
 func (p *plane) add(l *leg) *leg {
@@ -174,6 +299,9 @@ func (l *leg) wait() {
 	l.inMu.Unlock()
 }
 
+// keptBuffer is the largest buffer that goes back into the pool.
+const keptBuffer = 4096
+
 var buffers = sync.Pool{New: func() any { b := make([]byte, 0, 2048); return &b }}
 
 // send sends one datagram. The error is tunnel.ErrTooLarge or net.ErrClosed.
@@ -181,9 +309,10 @@ func (l *leg) send(payload []byte, at tunnel.Target) error {
 	if l.ended.Load() {
 		return net.ErrClosed
 	}
-	room := l.plane.room.Load()
-	if room == nil {
-		l.plane.drops.Add(media.NoWay)
+	p := l.plane
+	u := p.using.Load()
+	if u == nil {
+		p.drops.Add(media.NoWay)
 		return nil
 	}
 	h := wire.Header{Association: l.id, Held: l.held, Target: at}
@@ -203,8 +332,19 @@ func (l *leg) send(payload []byte, at tunnel.Target) error {
 
 	b := buffers.Get().(*[]byte)
 	*b = append(h.Append((*b)[:0]), payload...)
-	err := room.Send(*b)
-	buffers.Put(b)
+	record := *b
+	payload = record[len(record)-len(payload):]
+	err := u.first.send(&l.line, record, payload)
+	if u.also != nil {
+		if again := u.also.send(&l.line, record, payload); err != nil {
+			err = again
+		}
+	}
+	if cap(*b) <= keptBuffer {
+		buffers.Put(b)
+	}
+	p.moved.Add(1)
+	p.reports.begin()
 	return err
 }
 
@@ -246,15 +386,15 @@ func (p *plane) newContext(at tunnel.Target) *outContext {
 	return c
 }
 
-// receive takes one record from a way. It runs on the way's reading goroutine.
-func (p *plane) receive(record []byte) {
+// receive takes one record from a way, on its reading goroutine.
+func (p *plane) receive(y *way, record []byte) {
 	h, payload, notice, isNotice, err := wire.ParseRecord(record)
 	switch {
 	case err != nil:
 		p.drops.Add(media.Malformed)
 		return
 	case isNotice:
-		p.notice(notice)
+		p.notice(y, notice)
 		return
 	}
 	at := h.Target
@@ -283,6 +423,8 @@ func (p *plane) receive(record []byte) {
 		p.drops.Add(media.Duplicate)
 	default:
 		l.deliver(payload, at)
+		p.moved.Add(1)
+		p.reports.begin()
 	}
 }
 
@@ -318,7 +460,29 @@ func (p *plane) learn(h wire.Header) *leg {
 	return l
 }
 
-func (p *plane) notice(n wire.Notice) {
+func (p *plane) notice(y *way, n wire.Notice) {
+	switch {
+	case n.Report != nil:
+		p.obey(n.Report.Use)
+		if p.told != nil {
+			p.told(n.Report.Live)
+		}
+		p.reports.often(n.Report.Often)
+		y.report(n.Report, time.Now())
+		return
+	case n.Probe != nil:
+		p.obey(n.Probe.Use)
+		y.answer(n.Probe)
+		return
+	case n.Answer != nil:
+		y.answered(n.Answer)
+		return
+	case n.Fragment.Count > 0:
+		if whole := p.joiner.Take(n.Fragment, time.Now()); whole != nil && !wire.IsNotice(whole) {
+			p.receive(y, whole)
+		}
+		return
+	}
 	p.mu.RLock()
 	ack, unknown, l := p.out[n.Ack], p.out[n.Unknown], p.legs[n.Association]
 	p.mu.RUnlock()
@@ -339,10 +503,17 @@ func (p *plane) notice(n wire.Notice) {
 // tell sends a notice. A lost one is repeated by need: the full header comes
 // again, the unknown context too.
 func (p *plane) tell(n wire.Notice) {
-	if room := p.room.Load(); room != nil {
+	if u := p.using.Load(); u != nil {
 		b := buffers.Get().(*[]byte)
 		*b = n.Append((*b)[:0])
-		room.Send(*b)
+		u.first.room.Send(nil, *b, nil)
 		buffers.Put(b)
+	}
+}
+
+// queueing takes a measurement of the queueing in our outgoing direction.
+func (p *plane) queueing(y *way, now time.Time, d time.Duration) {
+	if u := p.using.Load(); u != nil && u.first == y {
+		p.pacer.Delay(now, d)
 	}
 }

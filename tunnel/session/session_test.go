@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"culvert/tunnel"
+	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
 	"culvert/tunnel/tunneltest"
 	"culvert/tunnel/wire"
@@ -50,12 +51,14 @@ func join(t *testing.T, near *Near, net tunneltest.Config, cfg FarConfig) *path 
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.at, err = near.Attach(t.Context(), cc, cc.Datagrams(), wire.Welcome{Version: wire.Current, Limits: p.far.Limits()})
+	const id = "0f5e9a6c2f6d4c0c8f0d3a4be1d2c3f4"
+	sealed := OfferSealed(media.PreferredAEADs())
+	p.at, err = near.Attach(t.Context(), cc, wire.Welcome{Version: wire.Current, Session: id, Limits: p.far.Limits(), Sealed: sealed})
 	if err != nil {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { p.far.Serve(sc) })
+	wg.Go(func() { p.far.Serve(sc, id, sealed) })
 	wg.Go(func() { p.at.Run(); cc.Close(nil) })
 	go func() { wg.Wait(); close(p.done) }()
 	t.Cleanup(p.end)
@@ -256,7 +259,7 @@ func TestAClosedAssociationIsNotOpenedAgainByALateRecord(t *testing.T) {
 	a.Close()
 	eventually(t, "closed at the far end", func() bool { return len(p.echo.Open()) == 0 })
 	h := wire.Header{Full: true, Association: 1, Target: alpha}
-	p.far.plane.receive(append(h.Append(nil), "late"...))
+	p.far.plane.receive(newWay(p.far.plane, wire.WayDatagram), append(h.Append(nil), "late"...))
 	if n := len(p.echo.Open()); n != 0 || p.far.drops.Get(media.Unknown) != 1 {
 		t.Errorf("%d associations, %d dropped as unknown", n, p.far.drops.Get(media.Unknown))
 	}
@@ -275,7 +278,7 @@ func TestLimitsOfASession(t *testing.T) {
 	}
 	// A sidecar that does not keep to it is held to it.
 	for id := uint32(10); id < 13; id++ {
-		p.far.plane.receive((&wire.Header{Full: true, Association: id, Target: alpha}).Append(nil))
+		p.far.plane.receive(newWay(p.far.plane, wire.WayDatagram), (&wire.Header{Full: true, Association: id, Target: alpha}).Append(nil))
 	}
 	if n := len(p.echo.Open()); n != 2 {
 		t.Errorf("%d associations at the far end, the limit is 2", n)
@@ -333,19 +336,19 @@ func TestAClosedThatOvertakesTheFirstDatagramLeavesNothingOpen(t *testing.T) {
 	if err := p.far.handle(wire.Message{Closed: &wire.Closed{Association: 7}}); err != nil {
 		t.Fatal(err)
 	}
-	p.far.plane.receive((&wire.Header{Full: true, Held: true, Association: 7, Target: alpha}).Append(nil))
+	p.far.plane.receive(newWay(p.far.plane, wire.WayDatagram), (&wire.Header{Full: true, Held: true, Association: 7, Target: alpha}).Append(nil))
 	if n := len(p.echo.Open()); n != 0 {
 		t.Errorf("%d associations are open", n)
 	}
 }
 
 func TestAContextThatMovesBetweenAssociationsCostsNoMemory(t *testing.T) {
-	p := newPlane(0, &media.Drops{})
+	p := newPlane(0, &media.Drops{}, bulk.New())
 	a := p.add(&leg{id: 1, deliver: func([]byte, tunnel.Target) {}})
 	b := p.add(&leg{id: 2, deliver: func([]byte, tunnel.Target) {}})
 	for n := range uint16(1000) {
 		for id := uint32(1); id <= 2; id++ {
-			p.receive((&wire.Header{Context: 5, Number: n, Full: true, Association: id, Target: alpha}).Append(nil))
+			p.receive(nil, (&wire.Header{Context: 5, Number: n, Full: true, Association: id, Target: alpha}).Append(nil))
 		}
 	}
 	if len(a.learned)+len(b.learned) != 1 {
@@ -462,8 +465,8 @@ func TestAfterDrainNothingNewIsTaken(t *testing.T) {
 func TestGarbageOnAWayIsCountedAndHarmless(t *testing.T) {
 	p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{})
 	for _, g := range [][]byte{nil, {0}, {0xff, 0xff, 0xff, 0xff}, {0, 0, 0, 9}, bytes.Repeat([]byte{0xff}, 1200), {0x12, 0x34, 0, 0, 1}} {
-		p.far.plane.receive(g)
-		p.at.plane.receive(g)
+		p.far.plane.receive(newWay(p.far.plane, wire.WayDatagram), g)
+		p.at.plane.receive(newWay(p.at.plane, wire.WayDatagram), g)
 	}
 	in := newInbox()
 	a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
@@ -476,20 +479,22 @@ func TestGarbageOnAWayIsCountedAndHarmless(t *testing.T) {
 
 func TestASteadyDatagramCostsFewAllocations(t *testing.T) {
 	// The carrier in memory allocates for itself; only the plane is measured.
-	pl := newPlane(0, &media.Drops{})
-	pl.setWay(sink{})
+	pl := newPlane(0, &media.Drops{}, bulk.New())
+	defer pl.close()
+	pl.addWay(wire.WaySealed, sink{})
+	y := pl.ways[wire.WaySealed]
 	l := pl.add(&leg{id: 1, deliver: func([]byte, tunnel.Target) {}})
 	payload := make([]byte, 800)
 	l.send(payload, alpha)
-	pl.receive((&wire.Notice{Ack: 1}).Append(nil))
-	pl.receive((&wire.Header{Context: 3, Full: true, Association: 1, Target: alpha}).Append(nil))
+	y.receive((&wire.Notice{Ack: 1}).Append(nil))
+	y.receive((&wire.Header{Context: 3, Full: true, Association: 1, Target: alpha}).Append(nil))
 	rec := (&wire.Header{Context: 3}).Append(nil)
 	n := byte(0)
 	if a := testing.AllocsPerRun(200, func() {
 		l.send(payload, alpha)
 		n++
 		rec[3] = n
-		pl.receive(rec)
+		y.receive(rec)
 	}); a > 0 {
 		t.Errorf("%v allocations for one datagram each way", a)
 	}

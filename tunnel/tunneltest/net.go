@@ -35,6 +35,12 @@ type Config struct {
 	// Datagram decides each datagram's fate; nil: it arrives. It is called
 	// concurrently and borrows p.
 	Datagram func(fromClient bool, p []byte) Fate
+	// Flow gives carriers of the kind "quic" a UDP flow. Packet decides the fate
+	// of each packet on it (nil: it arrives), and MaxPacket is the largest that
+	// it takes, in bytes; 0: 1,472.
+	Flow      bool
+	Packet    func(fromClient bool, p []byte) Fate
+	MaxPacket int
 	// Dial is asked before each dial; an error is the dial's result. It may
 	// wait for ctx. nil: all dials succeed where somebody listens.
 	Dial func(ctx context.Context, address string) error
@@ -59,6 +65,7 @@ func NewNet(c Config) *Net {
 		}
 	}
 	set(&c.MaxDatagram, 1200)
+	set(&c.MaxPacket, 1472)
 	set(&c.Queue, 64)
 	set(&c.Buffer, 64<<10)
 	if c.Kind == "" {
@@ -134,8 +141,10 @@ func (n *Net) cut(which func(*conn) bool) {
 	err := errors.New("the network was cut")
 	for _, c := range all {
 		c.shut(err, err)
-		c.ways[0].wait()
-		c.ways[1].wait()
+		for i := range c.ways {
+			c.ways[i].wait()
+			c.flows[i].way.wait()
+		}
 	}
 }
 
@@ -246,6 +255,7 @@ type conn struct {
 	secret [32]byte // what keys are exported from
 	ends   [2]*end  // client, server
 	ways   [2]*way
+	flows  [2]*flow
 
 	mu      sync.Mutex
 	streams map[*stream]struct{} // those of both ends that are not closed
@@ -271,7 +281,9 @@ func (n *Net) connect(key ed25519.PublicKey, from, to netip.AddrPort) (client, s
 	if n.cfg.Kind == "tls" {
 		name = "lane"
 	}
-	c.ways[0], c.ways[1] = newWays(n, name)
+	c.ways[0], c.ways[1] = newWays(n, name, n.cfg.Datagram, n.cfg.MaxDatagram)
+	client0, server0 := newWays(n, "flow", n.cfg.Packet, n.cfg.MaxPacket)
+	c.flows[0], c.flows[1] = &flow{way: client0, peer: to}, &flow{way: server0, peer: from}
 	for i := range c.ends {
 		c.ends[i] = &end{conn: c, i: i, local: from, remote: to,
 			incoming: make(chan *stream, 4096), done: make(chan struct{})}
@@ -324,6 +336,7 @@ func (c *conn) shut(client, server error) {
 	for i, err := range []error{client, server} {
 		c.ends[i].err = err
 		c.ways[i].end(err)
+		c.flows[i].way.end(err)
 		close(c.ends[i].done)
 	}
 	for s := range streams {
@@ -345,6 +358,7 @@ func (e *end) close(why error) {
 	reasons[1-e.i] = fmt.Errorf("the peer closed the connection: %s", why.Error())
 	e.shut(reasons[0], reasons[1])
 	e.ways[e.i].wait()
+	e.flows[e.i].way.wait()
 }
 
 func (e *end) Done() <-chan struct{} { return e.done }
@@ -472,7 +486,12 @@ func (c *carrier) AcceptStream(ctx context.Context) (tunnel.Stream, error) {
 	}
 }
 
-func (c *carrier) Flow() tunnel.Flow { return nil }
+func (c *carrier) Flow() tunnel.Flow {
+	if c.net.cfg.Kind != "quic" || !c.net.cfg.Flow {
+		return nil
+	}
+	return c.flows[c.i]
+}
 
 func (c *carrier) Datagrams() tunnel.Way {
 	if c.net.cfg.Kind == "tls" {

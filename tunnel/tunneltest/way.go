@@ -28,6 +28,8 @@ type way struct {
 	net    *Net
 	client bool
 	name   string
+	fate   func(fromClient bool, p []byte) Fate // may be nil
+	max    int
 	peer   *way
 
 	mu       *sync.Mutex // shared with peer; guards what follows
@@ -41,10 +43,10 @@ type way struct {
 	stop    chan struct{} // closed when the way ends
 }
 
-func newWays(n *Net, name string) (client, server *way) {
+func newWays(n *Net, name string, fate func(bool, []byte) Fate, max int) (client, server *way) {
 	mu := new(sync.Mutex)
 	make1 := func(client bool) *way {
-		return &way{net: n, client: client, name: name, mu: mu,
+		return &way{net: n, client: client, name: name, fate: fate, max: max, mu: mu,
 			arrived: make(chan struct{}, 1), stop: make(chan struct{})}
 	}
 	client, server = make1(true), make1(false)
@@ -110,8 +112,8 @@ func (w *way) Send(p []byte) error {
 		return tunnel.ErrTooLarge
 	}
 	var fate Fate
-	if hook := w.net.cfg.Datagram; hook != nil {
-		fate = hook(w.client, p)
+	if w.fate != nil {
+		fate = w.fate(w.client, p)
 	}
 	blocked := w.net.datagramsBlocked()
 	w.mu.Lock()
@@ -184,6 +186,6 @@ func (w *way) wait() {
 	}
 }
 
-func (w *way) Max() int                { return w.net.cfg.MaxDatagram }
+func (w *way) Max() int                { return w.max }
 func (w *way) Name() string            { return w.name }
 func (w *way) Lost() map[string]uint64 { return nil }

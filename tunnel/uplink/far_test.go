@@ -40,6 +40,9 @@ type far struct {
 
 	// answer is what is said to an Open or a Join; nil: nothing is.
 	answer func(kind, address string, m wire.Message) *wire.Message
+	// carry serves a connection that was welcomed to a session; nil: whatever
+	// comes is discarded.
+	carry func(id, as string, c tunnel.Candidate)
 
 	mu    sync.Mutex // guards what follows; before the first run nothing else looks
 	dials []dialled
@@ -50,11 +53,17 @@ type far struct {
 
 // newFar has a cloud proxy at each address that welcomes everybody.
 func newFar(t *testing.T, addresses ...string) *far {
+	return newFarOn(t, tunneltest.Config{}, addresses...)
+}
+
+// newFarOn is newFar on networks of this kind.
+func newFarOn(t *testing.T, on tunneltest.Config, addresses ...string) *far {
 	f := &far{t: t, began: time.Now(), nets: map[string]*tunneltest.Net{}}
 	f.dial = func(context.Context, string, string, int) error { return nil }
 	f.answer = func(_, _ string, m wire.Message) *wire.Message { return welcome(m) }
 	for _, kind := range []string{"quic", "tls"} {
-		f.nets[kind] = tunneltest.NewNet(tunneltest.Config{Kind: kind, Dial: func(ctx context.Context, address string) error {
+		on.Kind = kind
+		on.Dial = func(ctx context.Context, address string) error {
 			f.mu.Lock()
 			f.dials = append(f.dials, dialled{kind, address, time.Since(f.began)})
 			n := 0
@@ -66,7 +75,8 @@ func newFar(t *testing.T, addresses ...string) *far {
 			dial := f.dial
 			f.mu.Unlock()
 			return dial(ctx, kind, address, n)
-		}})
+		}
+		f.nets[kind] = tunneltest.NewNet(on)
 		for _, address := range addresses {
 			l, err := f.nets[kind].Listen(address)
 			if err != nil {
@@ -143,6 +153,12 @@ func (f *far) serve(c tunnel.Candidate, kind, address string) {
 	switch {
 	case reply == nil || reply.Welcome == nil:
 		io.Copy(io.Discard, c)
+	case f.carry != nil:
+		as := ""
+		if m.Join != nil {
+			as = m.Join.As
+		}
+		f.carry(reply.Welcome.Session, as, c)
 	case m.Join != nil && m.Join.As == wire.AsLane:
 		if l, err := c.Lane(); err == nil {
 			l.Start(func([]byte) {}, func() {})

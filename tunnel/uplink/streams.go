@@ -17,15 +17,10 @@ const (
 // carryStreams keeps a TLS carrier joined to a session whose first carrier is
 // QUIC, and lets it carry new TCP streams: the kernel's congestion control
 // fills paths on which quic-go's NewReno does not, and bulk stays out of the
-// datagrams' congestion window. Where TCP does not pass, streams stay on QUIC. It says on changed what carries streams, and returns when ctx
-// has ended.
-func (u *Uplink) carryStreams(ctx context.Context, c *connection, at *session.Attached, changed chan<- string) {
-	tell := func(what string) {
-		select {
-		case changed <- what:
-		case <-ctx.Done():
-		}
-	}
+// datagrams' congestion window. Where TCP does not pass, streams stay on QUIC.
+// It returns when ctx has ended.
+func (u *Uplink) carryStreams(ctx context.Context, c *connection, at *session.Attached, change func(func(*tunnel.LinkState))) {
+	tell := func(what string) { change(func(s *tunnel.LinkState) { s.Streams = what }) }
 	wait := firstStreamsBackoff
 	for ctx.Err() == nil {
 		cand, err := c.join(ctx, u.cfg.TLS, wire.AsStreams)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/media"
 	"culvert/tunnel/session"
 	"culvert/tunnel/wire"
 )
@@ -20,6 +21,7 @@ type Config struct {
 	QUIC, TLS tunnel.Dialer                     // one may be nil
 	Open      func() (wire.Open, error)         // what to say of ourselves; asked anew each time, since tokens are renewed
 	Age       time.Duration                     // how long a datagram may wait; 0: media.MaxAge
+	Lanes     int                               // how many lanes serve a call best with this host's TCP; 0: 4
 	GiveUp    time.Duration                     // how long to try after a session was lost; 0: 20 minutes
 	Log       *slog.Logger                      // nil: none
 	jitter    func(time.Duration) time.Duration // tests
@@ -35,7 +37,6 @@ const (
 
 	firstBackoff = 250 * time.Millisecond
 	maxBackoff   = 10 * time.Second // before jitter of half up or down
-	laneTries    = 4
 	maxRedirects = 3
 
 	// After a loss a call may be waiting: for so long pauses stay this short.
@@ -52,7 +53,9 @@ const (
 //	connect: for each cloud proxy: race ──► Open ──► (no datagrams? lane) ──► attach
 //	race:    QUIC ─────────────► first handshake wins; the other is dropped
 //	         150 ms ──► TLS ───►
-//	serve:   where QUIC won, TLS joins beside it for new streams (see streams.go)
+//	serve:   where QUIC won, TLS joins beside it for new streams (streams.go), and
+//	         probes choose between sealed packets and QUIC DATAGRAM (choose.go);
+//	         where TLS won, lanes are kept for datagrams (lanes.go)
 type Uplink struct {
 	*session.Near
 	cfg Config
@@ -75,6 +78,9 @@ func New(cfg Config) (*Uplink, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Lanes == 0 {
+		cfg.Lanes = defaultLanes
+	}
 	if cfg.GiveUp == 0 {
 		cfg.GiveUp = giveUp
 	}
@@ -87,20 +93,11 @@ func New(cfg Config) (*Uplink, error) {
 // connection is a session that has been opened, with what serves it.
 type connection struct {
 	carrier tunnel.Carrier
-	lane    tunnel.Lane // nil: the carrier has datagrams of its own
+	lane    tunnel.Lane // the first; nil: the carrier has datagrams of its own
 	lanes   tunnel.Dialer
 	welcome wire.Welcome
 	address string // where lanes go
 	state   tunnel.LinkState
-}
-
-// way is how the session's datagrams go; nil: neither the carrier has a way nor
-// is there a lane yet.
-func (c *connection) way() tunnel.Way {
-	if c.lane != nil {
-		return c.lane
-	}
-	return c.carrier.Datagrams()
 }
 
 func (c *connection) close(why error) {
@@ -224,7 +221,7 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 	if err != nil {
 		return nil, err
 	}
-	hello.Version = wire.Current
+	hello.Version, hello.Sealed = wire.Current, media.PreferredAEADs()
 	ask := wire.Message{Open: &hello}
 	cand, why, err := u.race(ctx, mode, address)
 	if err != nil {
@@ -303,15 +300,19 @@ func (u *Uplink) adopt(ctx context.Context, cand tunnel.Candidate, w wire.Welcom
 	if c.address == "" {
 		c.address = address
 	}
-	if c.way() == nil {
-		c.lanes = u.cfg.TLS
+	way, wayWhy := wire.WayDatagram, wayAtHand[wire.WayDatagram]
+	if w.Sealed == nil || carrier.Flow() == nil {
+		wayWhy = noSealed
+	}
+	if carrier.Datagrams() == nil {
+		way, wayWhy, c.lanes = wire.WayLanes, wayAtHand[wire.WayLanes], u.cfg.TLS
 		if c.lane, err = c.dialLane(ctx); err != nil {
 			carrier.Close(err)
 			return nil, err
 		}
 	}
 	c.state = tunnel.LinkState{
-		Phase: tunnel.LinkUp, Carrier: cand.Kind(), Way: c.way().Name(), Streams: cand.Kind(), Why: why, Session: w.Session,
+		Phase: tunnel.LinkUp, Carrier: cand.Kind(), Way: way.String(), WayWhy: wayWhy, Streams: cand.Kind(), Why: why, Session: w.Session,
 		Remote: cand.RemoteAddr(), Info: tunnel.ProxyInfo{Proxies: w.Proxies},
 	}
 	return c, nil
@@ -351,7 +352,7 @@ func (c *connection) join(ctx context.Context, by tunnel.Dialer, as string) (tun
 // everything. It returns why the carrier was lost.
 func (u *Uplink) serve(ctx context.Context, c *connection, mode tunnel.Mode, report func(tunnel.LinkState)) error {
 	stopped := errors.New("the sidecar has stopped")
-	at, err := u.Attach(ctx, c.carrier, c.way(), c.welcome)
+	at, err := u.Attach(ctx, c.carrier, c.welcome)
 	if err != nil {
 		c.close(err)
 		return err
@@ -362,28 +363,36 @@ func (u *Uplink) serve(ctx context.Context, c *connection, mode tunnel.Mode, rep
 	over := make(chan error, 1)
 	go func() { over <- at.Run() }()
 	beside, leave := context.WithCancel(ctx)
-	streams := make(chan string)
+	changed := make(chan func(*tunnel.LinkState))
+	change := func(f func(*tunnel.LinkState)) {
+		select {
+		case changed <- f:
+		case <-beside.Done():
+		}
+	}
+	noLanes := make(chan error, 1)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer leave()
-	if mode == tunnel.ModeAuto && c.state.Carrier == "quic" && u.cfg.TLS != nil {
-		wg.Go(func() { u.carryStreams(beside, c, at, streams) })
+	if c.lanes != nil {
+		wg.Go(func() { noLanes <- u.keepLanes(beside, c, at) })
+	} else {
+		wg.Go(func() { u.chooseWay(beside, at, change) })
+		if mode == tunnel.ModeAuto && u.cfg.TLS != nil {
+			wg.Go(func() { u.carryStreams(beside, c, at, change) })
+		}
 	}
 	lose := func(err error) error {
 		err = wrapLost(err)
 		report(connecting(err)) // before closing, which may take a second
-		c.close(err)
+		c.carrier.Close(err)
 		return err
 	}
 	going := at.Going()
 	for {
-		var laneDone <-chan struct{}
-		if c.lane != nil {
-			laneDone = c.lane.Done()
-		}
 		select {
 		case <-ctx.Done():
-			c.close(stopped)
+			c.carrier.Close(stopped)
 			<-over
 			return nil
 		case err := <-over:
@@ -391,56 +400,21 @@ func (u *Uplink) serve(ctx context.Context, c *connection, mode tunnel.Mode, rep
 				err = tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy ended the connection")
 			}
 			return lose(err)
-		case <-laneDone:
-			u.log.Info("the lane for datagrams was lost", "why", c.lane.Err())
-			at.SetWay(nil)
-			if err := u.relane(ctx, c); err != nil {
-				err = lose(err)
-				<-over
-				return err
+		case err := <-noLanes:
+			if ctx.Err() != nil {
+				continue
 			}
-			at.SetWay(c.way())
-		case c.state.Streams = <-streams:
+			err = lose(err)
+			<-over
+			return err
+		case f := <-changed:
+			f(&c.state)
 			report(c.state)
 		case <-going:
 			going = nil
 			u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
 		}
 	}
-}
-
-// relane replaces a lost lane.
-func (u *Uplink) relane(ctx context.Context, c *connection) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() { // a lane is of no use without its carrier
-		select {
-		case <-c.carrier.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	var err error
-	wait := time.Duration(0)
-	for range laneTries {
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
-		}
-		var lane tunnel.Lane
-		if lane, err = c.dialLane(ctx); err == nil {
-			c.lane = lane
-			return nil
-		}
-		if why := c.carrier.Err(); why != nil {
-			return why
-		}
-		if ctx.Err() != nil || tunnel.CodeOf(err) == tunnel.SessionUnknown {
-			return err
-		}
-		wait = u.cfg.jitter(max(2*wait, firstBackoff))
-	}
-	return err
 }
 
 func wrapLost(err error) error {

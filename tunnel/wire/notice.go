@@ -3,6 +3,7 @@ package wire
 import (
 	"encoding/binary"
 	"net/netip"
+	"time"
 
 	"culvert/tunnel"
 )
@@ -42,6 +43,8 @@ type Use struct {
 type Report struct {
 	Use  Use  // from the sidecar
 	Live bool // a channel is live; from the sidecar
+	// Often asks the peer to report every 50 ms instead of every 250.
+	Often bool
 
 	Time uint32 // when it was sent
 	// Echo is the Time of the last report that came on this way plus how long
@@ -52,8 +55,15 @@ type Report struct {
 	// What came on this way between the last two reports of the peer.
 	Lost  uint16 // of 65,535 records
 	Rate  uint32 // kbit/s of records
-	Delay uint16 // the least delay of a report above the shortest lately, in 0.1 ms
+	Delay uint16 // the least delay of a report since the last one we sent, above the shortest of late, in DelayUnit
 }
+
+const (
+	// DelayUnit is the unit of Report.Delay.
+	DelayUnit = 100 * time.Microsecond
+	// NoDelay says that no delay has been measured since the last report.
+	NoDelay = 1<<16 - 1
+)
 
 // A Probe asks for an Answer on the way that it came by. Size is how long the
 // record is, padding included.
@@ -94,7 +104,8 @@ const (
 	sizeAnswer     = 8 + 2
 	sizeReset      = 4 + 16
 
-	flagLive = 1 << 0
+	flagLive  = 1 << 0
+	flagOften = 1 << 1
 )
 
 func appendUse(b []byte, u Use) []byte {
@@ -114,6 +125,9 @@ func (r *Report) Append(b []byte) []byte {
 	var flags byte
 	if r.Live {
 		flags |= flagLive
+	}
+	if r.Often {
+		flags |= flagOften
 	}
 	b = append(appendUse(notice(b, noticeReport), r.Use), flags)
 	for _, v := range []uint32{r.Time, r.Echo, r.Sent} {

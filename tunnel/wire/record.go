@@ -218,13 +218,15 @@ func readNotice(kind uint16, p []byte) (n Notice, err error) {
 		n.Unreachable, n.Association = true, binary.BigEndian.Uint32(p)
 		n.Code = tunnel.Code(printable(string(p[5:5+int(p[4])]), 40))
 		t, _, err := readTarget(p[5+int(p[4]):])
-		n.Address = t.AddrPort()
+		if t.Addr.IsValid() { // a name says nothing here
+			n.Address = t.AddrPort()
+		}
 		return n, err
 	case noticeReport:
 		if len(p) < sizeReport {
 			return n, ErrMalformed
 		}
-		r := &Report{Use: readUse(p), Live: p[sizeUse]&flagLive != 0}
+		r := &Report{Use: readUse(p), Live: p[sizeUse]&flagLive != 0, Often: p[sizeUse]&flagOften != 0}
 		p = p[sizeUse+1:]
 		r.Time, r.Echo, r.Sent = binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:]), binary.BigEndian.Uint32(p[8:])
 		r.Lost, r.Rate, r.Delay = binary.BigEndian.Uint16(p[12:]), binary.BigEndian.Uint32(p[14:]), binary.BigEndian.Uint16(p[18:])

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -130,6 +131,41 @@ func TestParseRecordRefusesWhatIsCut(t *testing.T) {
 	}
 }
 
+// everyNotice is one of each kind that is more than a context.
+var everyNotice = []Notice{
+	{Report: &Report{Use: Use{3, WaySealed, WayLanes}, Live: true, Time: 7, Echo: 8, Sent: 9, Lost: 10, Rate: 11, Delay: NoDelay}},
+	{Report: &Report{Often: true}},
+	{Probe: &Probe{Use: Use{1, WayDatagram, NoWay}, Nonce: 5, Size: MinProbe}},
+	{Probe: &Probe{Nonce: 5, Size: 1200}},
+	{Answer: &Answer{Nonce: 5, Size: 1200}},
+	{Fragment: Fragment{ID: 9, Index: 1, Count: 2, Piece: []byte{1}}},
+	{Reset: &Reset{Epoch: 1, Token: [16]byte{15: 1}}},
+}
+
+func TestNoticesAreReadAsTheyWereWritten(t *testing.T) {
+	for _, want := range everyNotice {
+		p := written(want)
+		_, _, got, isNotice, err := ParseRecord(p)
+		if err != nil || !isNotice || !reflect.DeepEqual(got, want) {
+			t.Errorf("%x is %+v, %v; want %+v", p, got, err, want)
+		}
+		least := len(p)
+		if want.Probe != nil {
+			least = MinProbe // the rest is padding
+		}
+		for n := range least {
+			if _, _, _, _, err := ParseRecord(p[:n]); err == nil {
+				t.Errorf("%d of %d bytes of %+v are accepted", n, len(p), want)
+			}
+		}
+	}
+	for name, f := range map[string]Fragment{"one piece": {Count: 1, Piece: []byte{1}}, "beyond the last": {Index: 2, Count: 2, Piece: []byte{1}}, "empty": {Count: 2}} {
+		if _, _, _, _, err := ParseRecord(f.Append(nil)); err == nil {
+			t.Errorf("a fragment that is %s is accepted", name)
+		}
+	}
+}
+
 func TestAShortHeaderCostsNoAllocation(t *testing.T) {
 	h := Header{Context: 12, Number: 7}
 	rec := append(h.Append(nil), make([]byte, 1000)...)
@@ -150,9 +186,19 @@ func FuzzRecord(f *testing.F) {
 	f.Add((&Header{Full: true, Association: 1, Target: tunnel.Target{Host: "media.example", Port: 1}}).Append(nil))
 	f.Add((&Notice{Ack: 3}).Append(nil))
 	f.Add((&Notice{Unreachable: true, Association: 9, Code: "timed_out"}).Append(nil))
+	for _, n := range everyNotice {
+		f.Add(written(n))
+	}
 	f.Fuzz(func(t *testing.T, p []byte) {
-		h, payload, _, isNotice, err := ParseRecord(p)
-		if err != nil || isNotice {
+		h, payload, n, isNotice, err := ParseRecord(p)
+		if err != nil {
+			return
+		}
+		if isNotice {
+			known := n.Ack != 0 || n.Unknown != 0 || n.Unreachable || n.Report != nil || n.Probe != nil || n.Answer != nil || n.Reset != nil || n.Fragment.Count > 0
+			if _, _, n2, _, err := ParseRecord(written(n)); known && (err != nil || !reflect.DeepEqual(n, n2)) {
+				t.Errorf("%x: %+v is written as %x and read as %+v (%v)", p, n, written(n), n2, err)
+			}
 			return
 		}
 		again := append(h.Append(nil), payload...)

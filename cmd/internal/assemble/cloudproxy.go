@@ -161,7 +161,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 			_, release, err := admission.Admit(ctx, o)
 			return c.resolve, release, err
 		},
-		Limits: p.Limits, Address: p.Address, Region: p.Region, Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
+		Limits: p.Limits, Address: p.Address, Region: p.Region, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())

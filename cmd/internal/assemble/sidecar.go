@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -36,6 +37,7 @@ type Sidecar struct {
 	Watcher  *channel.Watcher
 	Link     tunnel.Link
 	Policy   *policy.Policy // nil: the cloud proxy alone decides
+	setLive  func(bool)     // tells the link whether a channel is live
 	listener net.Listener
 	egress   *egress.Egress // for direct mode; else nil
 }
@@ -56,7 +58,7 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.Link = link
+	s.Link, s.setLive = link, link.SetLive
 	var through tunnel.Opener = link
 	if len(c.Policy.Profiles)+len(c.Policy.Rules) > 0 {
 		if s.Policy, err = policy.New(c.Policy); err != nil {
@@ -152,7 +154,7 @@ func newUplink(c *config.Sidecar, log *slog.Logger) (*uplink.Uplink, error) {
 		return nil, err
 	}
 	return uplink.New(uplink.Config{
-		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Log: log,
+		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log,
 		Open: func() (wire.Open, error) {
 			token, err := c.Identity.TokenNow()
 			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err
@@ -200,9 +202,25 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	wg.Go(func() { defer cancel(); errs[0] = s.Switch.Run(ctx) })
 	wg.Go(func() { defer cancel(); errs[1] = s.Front.Run(ctx) })
 	wg.Go(func() { sidecar.TickWatch(ctx, s.Watcher) })
+	wg.Go(func() { s.tellLive(ctx) })
 	wg.Wait()
 	s.Close()
 	return errors.Join(errs...)
+}
+
+// tellLive keeps the link told whether a channel is live. Bulk must give way
+// within a fraction of a second, which is sooner than a channel is announced.
+func (s *Sidecar) tellLive(ctx context.Context) {
+	t := time.NewTicker(200 * time.Millisecond)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			s.setLive(slices.ContainsFunc(s.Watcher.Channels(now), func(c channel.Channel) bool { return c.State == "live" }))
+		}
+	}
 }
 
 // Close gives up what a sidecar holds. Run does so itself.

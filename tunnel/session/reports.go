@@ -1,0 +1,116 @@
+package session
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"culvert/tunnel/wire"
+)
+
+const (
+	reportEvery = 250 * time.Millisecond
+	// reportOften is the pace while bulk is being paced, here or at the peer.
+	reportOften = 50 * time.Millisecond
+	// mediaRest is how long after the last datagram reports go on.
+	mediaRest = time.Second
+)
+
+// reports sends a report on each way while datagrams flow. An idle session has
+// no timer.
+type reports struct {
+	plane   *plane
+	running atomic.Bool
+	wish    atomic.Int64 // until when the peer wants them often, Unix ns
+
+	mu      sync.Mutex // guards the fields below
+	timer   *time.Timer
+	ended   bool
+	began   time.Time // of this run of ticks
+	moved   uint64    // datagrams, at the last tick
+	movedAt time.Time // the tick by which the last had passed
+}
+
+// begin makes reports flow. It is called for each datagram.
+func (r *reports) begin() {
+	if r.running.Load() || r.running.Swap(true) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.ended:
+	case r.timer == nil:
+		r.timer = time.AfterFunc(reportOften, r.tick)
+	default:
+		r.timer.Reset(reportOften)
+	}
+}
+
+// end ends them for good. A tick that runs is not waited for.
+func (r *reports) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ended = true
+	if r.timer != nil {
+		r.timer.Stop()
+	}
+}
+
+// often notes whether the peer wants reports every 50 ms.
+func (r *reports) often(wanted bool) {
+	if wanted {
+		r.wish.Store(time.Now().Add(mediaRest).UnixNano())
+	}
+}
+
+// flowing reports whether they have flowed for some rounds.
+func (r *reports) flowing() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.running.Load() && !r.began.IsZero() && time.Since(r.began) > 3*reportEvery
+}
+
+func (r *reports) tick() {
+	p, now := r.plane, time.Now()
+	p.mu.RLock()
+	use, ways := p.said, p.ways
+	p.mu.RUnlock()
+	if p.open != nil {
+		use = wire.Use{} // the far end has nothing to say
+	}
+	live := p.live != nil && p.live()
+	active := p.pacer.Active()
+	often := active
+	for _, y := range ways {
+		often = often || y != nil && y.bad()
+	}
+	for _, y := range ways {
+		if y != nil {
+			y.tick(now, use, live, often)
+		}
+	}
+	pause := reportEvery
+	if often || now.UnixNano() < r.wish.Load() {
+		pause = reportOften
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.began.IsZero() {
+		r.began = now
+	}
+	if n := p.moved.Load(); n != r.moved || r.movedAt.IsZero() {
+		r.moved, r.movedAt = n, now
+	}
+	switch {
+	case r.ended:
+	case now.Sub(r.movedAt) < mediaRest || active:
+		r.timer.Reset(pause)
+	default:
+		r.movedAt, r.began = time.Time{}, time.Time{}
+		r.running.Store(false)
+		if p.moved.Load() != r.moved && !r.running.Swap(true) { // one passed meanwhile
+			r.timer.Reset(pause)
+		}
+	}
+}

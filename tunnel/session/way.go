@@ -1,0 +1,341 @@
+package session
+
+import (
+	"errors"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/media"
+	"culvert/tunnel/wire"
+)
+
+// A way is one of a session's ways for datagrams at one end: the room in front
+// of it, and what is known about it from records and reports.
+type way struct {
+	plane *plane
+	kind  wire.Way
+	room  *media.Room
+
+	sent      atomic.Uint32 // records given to the transport
+	sentBytes atomic.Uint64
+	received  atomic.Uint32 // records that came
+	bytes     atomic.Uint64 // of received
+
+	mu      sync.Mutex // guards the fields below
+	outlets []*outlet
+	heard   uint32    // received, at the last tick
+	heardAt time.Time // the tick by which the last record had come
+	in      incoming
+	out     outgoing
+	probes  probes
+	breaker *media.Breaker // nil on ways that have a congestion control of their own
+}
+
+// incoming is what this end sees of the records that come, for its reports.
+type incoming struct {
+	base    media.Base
+	echo    uint32 // Time of the peer's last report
+	echoAt  time.Time
+	since   time.Time // when the measured span began
+	sent    uint32    // the peer's Sent, and what had been received, at that time
+	records uint32
+	lost    uint16    // in the last span
+	rated   time.Time // when the rate was last measured: by our clock, since reports may be lost
+	bytes   uint64    // received by then
+	rate    uint32    // kbit/s
+	delay   time.Duration
+	delayed bool // delay has been measured since our last report
+}
+
+// outgoing is what the peer says of the records that we send.
+type outgoing struct {
+	at     time.Time // when the last report came
+	since  time.Time // when the span of sent began
+	sent   uint64    // bytes
+	rate   float64   // bits/s sent in the last span
+	rtt    time.Duration
+	lost   float64
+	delay  time.Duration
+	bad    bool // the circuit breaker wants another way
+	shaped bool // the circuit breaker holds us back
+}
+
+// largeProbe bounds a large probe on ways that take much more than a packet.
+const largeProbe = 1400
+
+// span is the shortest time over which losses and rates are counted.
+const span = 200 * time.Millisecond
+
+// An outlet counts what a transport takes.
+type outlet struct {
+	tunnel.Way
+	of *way
+}
+
+func (o *outlet) Send(p []byte) error {
+	err := o.Way.Send(p)
+	if err == nil {
+		o.of.sent.Add(1)
+		o.of.sentBytes.Add(uint64(len(p)))
+	}
+	return err
+}
+
+// Stalled lets the room ask a lane.
+func (o *outlet) Stalled() bool {
+	s, ok := o.Way.(interface{ Stalled() bool })
+	return ok && s.Stalled()
+}
+
+func newWay(p *plane, kind wire.Way) *way {
+	y := &way{plane: p, kind: kind, room: media.NewRoom(p.age, p.drops)}
+	if kind == wire.WaySealed {
+		y.breaker = media.NewBreaker()
+	}
+	return y
+}
+
+func (y *way) add(t tunnel.Way) {
+	o := &outlet{t, y}
+	y.mu.Lock()
+	y.outlets = append(y.outlets, o)
+	y.mu.Unlock()
+	y.room.Add(o, y.receive)
+}
+
+// remove takes a transport out. It reports whether any are left.
+func (y *way) remove(t tunnel.Way) bool {
+	y.mu.Lock()
+	i := slices.IndexFunc(y.outlets, func(o *outlet) bool { return o.Way == t })
+	if i < 0 {
+		y.mu.Unlock()
+		return len(y.outlets) > 0
+	}
+	o := y.outlets[i]
+	y.outlets = slices.Delete(y.outlets, i, i+1)
+	left := len(y.outlets)
+	y.mu.Unlock()
+	y.room.Remove(o)
+	y.plane.retire(t)
+	return left > 0
+}
+
+// transports returns what the way sends on at the moment.
+func (y *way) transports() []tunnel.Way {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	all := make([]tunnel.Way, len(y.outlets))
+	for i, o := range y.outlets {
+		all[i] = o.Way
+	}
+	return all
+}
+
+// send sends a record, in pieces where it is too long for the way in one.
+func (y *way) send(l *media.Line, record, payload []byte) error {
+	err := y.room.Send(l, record, payload)
+	if !errors.Is(err, tunnel.ErrTooLarge) {
+		return err
+	}
+	err = y.plane.cutter.Cut(record, y.room.Max(), func(piece []byte) error { return y.room.Send(l, piece, payload) })
+	if errors.Is(err, tunnel.ErrTooLarge) {
+		y.plane.drops.Add(media.TooLarge)
+	}
+	return err
+}
+
+// receive takes one record from a transport, on its reading goroutine.
+func (y *way) receive(record []byte) {
+	y.received.Add(1)
+	y.bytes.Add(uint64(len(record)))
+	y.plane.receive(y, record)
+}
+
+// tick is called every report interval; it reports what this end sees.
+func (y *way) tick(now time.Time, use wire.Use, live, often bool) {
+	for _, t := range y.transports() {
+		if t, ok := t.(interface{ Tick(time.Time) }); ok {
+			t.Tick(now)
+		}
+	}
+	y.mu.Lock()
+	if n := y.received.Load(); n != y.heard {
+		y.heard, y.heardAt = n, now
+	}
+	r := wire.Report{
+		Use: use, Live: live, Often: often, Time: y.plane.clock(now), Sent: y.sent.Load() + 1,
+		Lost: y.in.lost, Rate: y.in.rate, Delay: wire.NoDelay,
+	}
+	if !y.in.echoAt.IsZero() {
+		r.Echo = max(1, y.in.echo+uint32(now.Sub(y.in.echoAt).Microseconds()))
+	}
+	if y.in.delayed {
+		r.Delay = uint16(min(y.in.delay/wire.DelayUnit, wire.NoDelay-1))
+		y.in.delayed = false
+	}
+	if n := y.bytes.Load(); y.in.rated.IsZero() || now.Sub(y.in.rated) >= span {
+		if took := now.Sub(y.in.rated); !y.in.rated.IsZero() && took < 4*reportEvery {
+			r.Rate = uint32(min(float64(n-y.in.bytes)*8/1000/took.Seconds(), math.MaxUint32))
+			y.in.rate = r.Rate
+		}
+		y.in.rated, y.in.bytes = now, n
+	}
+	if y.breaker != nil && now.Sub(y.out.at) > 2*reportEvery {
+		y.breaker.Silence(now)
+	}
+	y.mu.Unlock()
+	b := buffers.Get().(*[]byte)
+	*b = r.Append((*b)[:0])
+	y.room.Send(nil, *b, nil)
+	buffers.Put(b)
+}
+
+// bad reports whether the circuit breaker is at work: it needs to hear often.
+func (y *way) bad() bool {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	return y.out.bad
+}
+
+// report takes the peer's report about this way.
+func (y *way) report(r *wire.Report, now time.Time) {
+	y.mu.Lock()
+	in := &y.in
+	above := in.base.Above(now.Sub(y.plane.origin), r.Time)
+	if !in.delayed || above < in.delay {
+		in.delay, in.delayed = above, true
+	}
+	in.echo, in.echoAt = r.Time, now
+	records := y.received.Load()
+	switch took := now.Sub(in.since); {
+	case in.since.IsZero() || took > 4*reportEvery: // media was quiet
+		in.lost = 0
+		in.since, in.sent, in.records = now, r.Sent, records
+	case took >= span:
+		in.lost = lostOf(r.Sent-in.sent, records-in.records)
+		in.since, in.sent, in.records = now, r.Sent, records
+	}
+
+	out := &y.out
+	fresh := !out.at.IsZero() && now.Sub(out.at) < 4*reportEvery
+	out.at = now
+	if r.Echo != 0 {
+		out.rtt = time.Duration(y.plane.clock(now)-r.Echo) * time.Microsecond
+	}
+	out.lost = float64(r.Lost) / math.MaxUint16
+	if r.Delay != wire.NoDelay {
+		out.delay = time.Duration(r.Delay) * wire.DelayUnit
+	}
+	sent := y.sentBytes.Load()
+	if took := now.Sub(out.since); !fresh || took >= span {
+		if fresh {
+			out.rate = float64(sent-out.sent) * 8 / took.Seconds()
+		}
+		out.since, out.sent = now, sent
+	}
+	delay := out.delay
+	if y.breaker != nil && fresh {
+		var rate float64
+		out.bad, rate = y.breaker.Report(now, media.Seen{Sent: out.rate, Lost: out.lost, Received: float64(r.Rate) * 1000, Delay: out.delay})
+		out.shaped = rate > 0
+		y.room.Shape(rate)
+	}
+	y.mu.Unlock()
+	if r.Delay != wire.NoDelay {
+		y.plane.queueing(y, now, delay)
+	}
+}
+
+// lostOf is the loss among sent records in 65,535ths. Reordering around a
+// report may make more arrive than were sent.
+func lostOf(sent, received uint32) uint16 {
+	if sent == 0 || sent > math.MaxInt32 || received >= sent {
+		return 0
+	}
+	return uint16(uint64(sent-received) * math.MaxUint16 / uint64(sent))
+}
+
+// answer answers a probe on the way that it came by.
+func (y *way) answer(r *wire.Probe) {
+	a := wire.Answer{Nonce: r.Nonce, Size: uint16(min(r.Size, math.MaxUint16))}
+	b := buffers.Get().(*[]byte)
+	*b = a.Append((*b)[:0])
+	y.room.Send(nil, *b, nil)
+	buffers.Put(b)
+}
+
+// WayState is what is known about one way.
+type WayState struct {
+	Present    bool
+	Transports int           // how many connections or flows serve it
+	Max        int           // the longest record that it takes whole, in bytes
+	Small      time.Time     // when a short probe was last answered; zero: never
+	Large      time.Time     // when the longest was
+	Heard      time.Time     // when a record was last known to have come, to 250 ms
+	Reported   time.Time     // when the peer last reported about it
+	RTT        time.Duration // of reports; 0: not known
+	Lost       float64       // of what we send, 0 to 1, in the last report
+	Delay      time.Duration // of what we send above the shortest of late, in the last report
+	Bad        bool          // the circuit breaker wants another way
+	Shaped     bool          // the circuit breaker holds what we send back
+}
+
+func (y *way) state() WayState {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	s := WayState{
+		Present: len(y.outlets) > 0, Transports: len(y.outlets), Max: y.room.Max(), Heard: y.heardAt, Reported: y.out.at,
+		RTT: y.out.rtt, Lost: y.out.lost, Delay: y.out.delay, Bad: y.out.bad, Shaped: y.out.shaped,
+	}
+	s.Small, s.Large = y.probes.small, y.probes.large
+	return s
+}
+
+// probes are those that have not been answered yet, and what has been answered.
+type probes struct {
+	nonces [8]uint64 // a ring
+	sizes  [8]int
+	next   int
+	small  time.Time
+	large  time.Time
+}
+
+// probe asks whether records arrive by this way and back: a short one, or the
+// longest that the way takes whole. The near end does.
+func (y *way) probe(large bool, use wire.Use) {
+	r := wire.Probe{Use: use, Nonce: rand.Uint64(), Size: wire.MinProbe}
+	if large {
+		r.Size = max(r.Size, min(y.room.Max(), largeProbe))
+	}
+	y.mu.Lock()
+	y.probes.nonces[y.probes.next], y.probes.sizes[y.probes.next] = r.Nonce, r.Size
+	y.probes.next = (y.probes.next + 1) % len(y.probes.nonces)
+	y.mu.Unlock()
+	y.room.Send(nil, r.Append(nil), nil)
+}
+
+// answered takes the answer to a probe.
+func (y *way) answered(a *wire.Answer) {
+	now := time.Now()
+	y.mu.Lock()
+	i := slices.Index(y.probes.nonces[:], a.Nonce)
+	if i >= 0 && y.probes.sizes[i] > 0 && int(a.Size) == y.probes.sizes[i] {
+		y.heardAt = now
+		if y.probes.sizes[i] > wire.MinProbe {
+			y.probes.large = now
+		}
+		y.probes.small = now
+		y.probes.sizes[i] = 0
+	} else {
+		i = -1
+	}
+	y.mu.Unlock()
+	if i >= 0 && y.plane.proved != nil {
+		y.plane.proved()
+	}
+}

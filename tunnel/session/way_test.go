@@ -1,0 +1,221 @@
+package session
+
+import (
+	"bytes"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/bulk"
+	"culvert/tunnel/media"
+	"culvert/tunnel/tunneltest"
+	"culvert/tunnel/wire"
+)
+
+// waysNet counts what passes by QUIC DATAGRAM and as sealed packets, each way.
+type waysNet struct {
+	datagrams, packets [2]atomic.Int64 // down, up
+	dropPackets        atomic.Bool
+}
+
+func (n *waysNet) config() tunneltest.Config {
+	i := func(up bool) int {
+		if up {
+			return 1
+		}
+		return 0
+	}
+	return tunneltest.Config{
+		Flow: true, Queue: 1000,
+		Datagram: func(up bool, p []byte) tunneltest.Fate {
+			if !wire.IsNotice(p) {
+				n.datagrams[i(up)].Add(1)
+			}
+			return tunneltest.Fate{}
+		},
+		Packet: func(up bool, p []byte) tunneltest.Fate {
+			if len(p) > 300 { // the tests' datagrams; probes and reports are shorter
+				n.packets[i(up)].Add(1)
+			}
+			return tunneltest.Fate{Drop: n.dropPackets.Load()}
+		},
+	}
+}
+
+// echoed sends a datagram of 500 bytes and waits until it has come back.
+func echoed(t *testing.T, a tunnel.Packets, in *inbox) {
+	t.Helper()
+	if err := a.Send(make([]byte, 500), alpha); err != nil {
+		t.Fatal(err)
+	}
+	next(t, in.got)
+}
+
+func TestDatagramsGoByTheWayThatTheNearEndNames(t *testing.T) {
+	n := &waysNet{}
+	p := join(t, NewNear(0), n.config(), FarConfig{})
+	in := newInbox()
+	a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
+	echoed(t, a, in)
+	if n.datagrams[0].Load() != 1 || n.datagrams[1].Load() != 1 {
+		t.Errorf("before anything is said QUIC DATAGRAM carried %d up and %d down, want 1 and 1", n.datagrams[1].Load(), n.datagrams[0].Load())
+	}
+	p.at.Probe(wire.WaySealed, false)
+	p.at.Probe(wire.WaySealed, true)
+	eventually(t, "both probes are answered", func() bool {
+		s := p.at.Way(wire.WaySealed)
+		return !s.Small.IsZero() && !s.Large.IsZero()
+	})
+	p.at.Use(wire.WaySealed, wire.NoWay)
+	eventually(t, "the far end obeys", func() bool { return p.far.plane.using.Load().first.kind == wire.WaySealed })
+	up, down := n.packets[1].Load(), n.packets[0].Load()
+	for range 10 {
+		echoed(t, a, in)
+	}
+	if up, down := n.packets[1].Load()-up, n.packets[0].Load()-down; up < 10 || down < 10 || n.datagrams[1].Load() != 1 {
+		t.Errorf("sealed packets: %d up, %d down; DATAGRAM %d up", up, down, n.datagrams[1].Load())
+	}
+}
+
+func TestACopyOnTheSecondWayIsDeliveredOnce(t *testing.T) {
+	n := &waysNet{}
+	p := join(t, NewNear(0), n.config(), FarConfig{})
+	in := newInbox()
+	a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
+	p.at.Use(wire.WayDatagram, wire.WaySealed)
+	eventually(t, "the far end obeys", func() bool { return p.far.plane.using.Load().also != nil })
+	for range 10 {
+		echoed(t, a, in)
+	}
+	eventually(t, "all copies have come", func() bool {
+		return p.near.drops.Get(media.Duplicate) == 10 && p.far.drops.Get(media.Duplicate) == 10
+	})
+	n.dropPackets.Store(true)
+	echoed(t, a, in)
+	if len(in.got) != 0 {
+		t.Errorf("%d datagrams were delivered twice", len(in.got))
+	}
+}
+
+func TestTheFarEndObeysTheNewestWord(t *testing.T) {
+	p := newPlane(0, &media.Drops{}, bulk.New())
+	p.open = func(uint32, bool) *leg { return nil }
+	p.addWay(wire.WayDatagram, sink{})
+	p.addWay(wire.WaySealed, sink{})
+	for _, c := range []struct {
+		say         wire.Use
+		first, also wire.Way
+	}{
+		{wire.Use{N: 5, Way: wire.WaySealed}, wire.WaySealed, wire.NoWay},
+		{wire.Use{N: 4, Way: wire.WayDatagram}, wire.WaySealed, wire.NoWay},
+		{wire.Use{N: 0, Way: wire.WayDatagram}, wire.WaySealed, wire.NoWay},
+		{wire.Use{N: 6, Way: wire.WayDatagram, Also: wire.WaySealed}, wire.WayDatagram, wire.WaySealed},
+		{wire.Use{N: 7, Way: wire.WayLanes}, wire.WayDatagram, wire.NoWay},      // there are no lanes
+		{wire.Use{N: 8, Way: 200, Also: 200}, wire.WayDatagram, wire.NoWay},     // a newer minor version
+		{wire.Use{N: 1 << 31, Way: wire.WaySealed}, wire.WaySealed, wire.NoWay}, // 2³¹ - 8 ahead
+		{wire.Use{N: 3, Way: wire.WayDatagram}, wire.WaySealed, wire.NoWay},     // behind, by RFC 1982
+		{wire.Use{N: 1<<31 + 1, Way: wire.WaySealed, Also: wire.WaySealed}, wire.WaySealed, wire.NoWay},
+	} {
+		p.obey(c.say)
+		u := p.using.Load()
+		also := wire.NoWay
+		if u.also != nil {
+			also = u.also.kind
+		}
+		if u.first.kind != c.first || also != c.also {
+			t.Errorf("after %+v: %v and %v, want %v and %v", c.say, u.first.kind, also, c.first, c.also)
+		}
+	}
+	p.close()
+	if p.using.Load() != nil {
+		t.Error("a closed plane still has a way")
+	}
+}
+
+func TestLargeDatagramsPassInPieces(t *testing.T) {
+	p := join(t, NewNear(0), tunneltest.Config{Queue: 1000}, FarConfig{})
+	in := newInbox()
+	a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
+	for _, size := range []int{1183, 1184, 1185, 1200, 5000, 65507} {
+		sent := bytes.Repeat([]byte("0123456789abcdef"), size/16+1)[:size]
+		if err := a.Send(sent, alpha); err != nil {
+			t.Fatalf("%d bytes: %v", size, err)
+		}
+		if got, want := next(t, in.got), fmt.Sprintf("%s from %s", sent, alpha.AddrPort()); got != want {
+			t.Errorf("%d bytes come back as %d", size, len(got)-len(want)+size)
+		}
+	}
+}
+
+// reporting joins two ends by sealed packets whose fate is given, sends 100
+// datagrams a second for some seconds, and returns the near end's view. It runs
+// in a synctest bubble.
+func reporting(t *testing.T, fate func(up bool, n int64) tunneltest.Fate) (p *path, ended func()) {
+	var count [2]atomic.Int64
+	p = join(t, NewNear(0), tunneltest.Config{Flow: true, Queue: 1000, Packet: func(up bool, _ []byte) tunneltest.Fate {
+		i := 0
+		if up {
+			i = 1
+		}
+		return fate(up, count[i].Add(1))
+	}}, FarConfig{})
+	in := newInbox()
+	a, err := p.near.OpenPackets(tunnel.Peer{}, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.at.Use(wire.WaySealed, wire.NoWay)
+	for range 500 {
+		a.Send(make([]byte, 800), alpha)
+		time.Sleep(10 * time.Millisecond)
+	}
+	return p, func() { a.Close(); p.end() }
+}
+
+func TestReportsTellLossDelayAndRoundTrip(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, end := reporting(t, func(up bool, n int64) tunneltest.Fate {
+			f := tunneltest.Fate{Delay: 20 * time.Millisecond}
+			if up && n > 100 {
+				f.Delay = 50 * time.Millisecond
+				f.Drop = n%10 == 0
+			}
+			return f
+		})
+		defer end()
+		s := p.at.Way(wire.WaySealed)
+		if s.Lost < 0.05 || s.Lost > 0.16 {
+			t.Errorf("the loss upwards is %.3f, want about 0.1", s.Lost)
+		}
+		if s.Delay < 29*time.Millisecond || s.Delay > 31*time.Millisecond {
+			t.Errorf("the delay upwards has risen by %v, want 30 ms", s.Delay)
+		}
+		if s.RTT < 69*time.Millisecond || s.RTT > 72*time.Millisecond {
+			t.Errorf("the round trip is %v, want 70 ms", s.RTT)
+		}
+		far := p.far.plane.state(wire.WaySealed)
+		if far.Lost != 0 || far.Delay > time.Millisecond {
+			t.Errorf("downwards: %+v", far)
+		}
+	})
+}
+
+func TestReportsEndWithTheDatagrams(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var packets atomic.Int64
+		p, end := reporting(t, func(bool, int64) tunneltest.Fate { packets.Add(1); return tunneltest.Fate{} })
+		defer end()
+		if !p.at.Reporting() {
+			t.Error("no reports flow while datagrams do")
+		}
+		time.Sleep(2 * mediaRest)
+		before := packets.Load()
+		time.Sleep(time.Minute)
+		if n := packets.Load() - before; n != 0 || p.at.Reporting() {
+			t.Errorf("%d packets in a minute without datagrams", n)
+		}
+	})
+}

@@ -1,0 +1,220 @@
+package uplink
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/session"
+	"culvert/tunnel/tunneltest"
+	"culvert/tunnel/wire"
+)
+
+// real makes the far's cloud proxies serve real sessions, which answer probes.
+// lanes is what they say of lanes. It returns how many lanes are joined.
+func (f *far) real(lanes int) *atomic.Int64 {
+	var mu sync.Mutex
+	ends := map[string]*session.Far{}
+	sealed := map[string]*wire.Sealed{}
+	var joined atomic.Int64
+	ids := 0
+	f.answer = func(kind, _ string, m wire.Message) *wire.Message {
+		mu.Lock()
+		defer mu.Unlock()
+		w := &wire.Welcome{Version: wire.Current, Lanes: lanes}
+		switch {
+		case m.Open != nil:
+			ids++
+			w.Session = strings.Repeat("0", 31) + string(rune('0'+ids))
+			ends[w.Session] = session.NewFar(session.FarConfig{Next: &tunneltest.Echo{}, Peered: wire.Current})
+			if kind == "quic" {
+				w.Sealed = session.OfferSealed(m.Open.Sealed)
+				sealed[w.Session] = w.Sealed
+			}
+		case ends[m.Join.Session] == nil:
+			return refused(tunnel.SessionUnknown)
+		default:
+			w.Session = m.Join.Session
+		}
+		return &wire.Message{Welcome: w}
+	}
+	f.carry = func(id, as string, c tunnel.Candidate) {
+		mu.Lock()
+		end, how := ends[id], sealed[id]
+		mu.Unlock()
+		switch as {
+		case wire.AsLane:
+			if l, err := c.Lane(); err == nil {
+				joined.Add(1)
+				end.ServeLane(l)
+				joined.Add(-1)
+			}
+		case wire.AsStreams:
+			if k, err := c.Carrier(); err == nil {
+				end.ServeStreams(k)
+			}
+		default:
+			if k, err := c.Carrier(); err == nil {
+				end.Serve(k, id, how)
+			}
+		}
+	}
+	return &joined
+}
+
+// callee receives nothing of interest.
+type callee struct{ got atomic.Int64 }
+
+func (c *callee) Deliver([]byte, netip.AddrPort)    { c.got.Add(1) }
+func (c *callee) Unreachable(netip.AddrPort, error) {}
+func (c *callee) Closed(error)                      {}
+
+var mediaAt = tunnel.TargetOf(netip.MustParseAddrPort("203.0.113.9:3478"))
+
+// call sends 50 datagrams a second until ctx ends.
+func (r *running) call(ctx context.Context) (ended <-chan struct{}) {
+	r.t.Helper()
+	a, err := r.OpenPackets(tunnel.Peer{}, &callee{})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer a.Close()
+		for ctx.Err() == nil {
+			a.Send(make([]byte, 800), mediaAt)
+			time.Sleep(20 * time.Millisecond)
+		}
+	}()
+	return done
+}
+
+// by waits until datagrams go by a way.
+func (r *running) by(way wire.Way) tunnel.LinkState {
+	r.t.Helper()
+	for range 100_000 {
+		if s := r.up(); s.Way == way.String() && s.WayWhy != wayAtHand[way] {
+			return s
+		}
+		time.Sleep(time.Millisecond)
+	}
+	r.t.Fatalf("datagrams do not go by %v after 100 s: %+v", way, r.up())
+	return tunnel.LinkState{}
+}
+
+func TestTheWayIsChosenByWhatArrives(t *testing.T) {
+	delay := 20 * time.Millisecond
+	for name, c := range map[string]struct {
+		packet func(p []byte) tunneltest.Fate
+		way    wire.Way
+		why    string
+		within time.Duration
+	}{
+		"sealed packets arrive":          {func([]byte) tunneltest.Fate { return tunneltest.Fate{Delay: delay} }, wire.WaySealed, "were answered in 40ms", 2 * 40 * time.Millisecond},
+		"they do not":                    {func([]byte) tunneltest.Fate { return tunneltest.Fate{Drop: true} }, wire.WayDatagram, "10 sealed packets in 500ms were not answered", time.Second},
+		"short ones do, long ones never": {func(p []byte) tunneltest.Fate { return tunneltest.Fate{Delay: delay, Drop: len(p) > 300} }, wire.WaySealed, "were answered in", time.Second},
+		"half of them do":                {everySecond(delay), wire.WaySealed, "were answered in", time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFarOn(t, tunneltest.Config{Flow: true, Packet: func(_ bool, p []byte) tunneltest.Fate { return c.packet(p) }}, first)
+				defer f.end()
+				f.real(0)
+				r := f.run(tunnel.ModeAuto, nil)
+				r.up()
+				began := time.Now()
+				if s := r.by(c.way); !strings.Contains(s.WayWhy, c.why) {
+					t.Errorf("because %q, want %q", s.WayWhy, c.why)
+				}
+				if took := time.Since(began); took > c.within {
+					t.Errorf("it took %v, want at most %v", took, c.within)
+				}
+				r.stop()
+			})
+		})
+	}
+}
+
+func everySecond(delay time.Duration) func([]byte) tunneltest.Fate {
+	var n atomic.Int64
+	return func([]byte) tunneltest.Fate { return tunneltest.Fate{Delay: delay, Drop: n.Add(1)%2 == 0} }
+}
+
+func TestSealedPacketsThatStopArrivingAreLeftAndTriedAgain(t *testing.T) {
+	for name, shut := range map[string]func(up bool) bool{
+		"both ways": func(bool) bool { return true },
+		"upwards":   func(up bool) bool { return up },
+		"downwards": func(up bool) bool { return !up },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var off atomic.Bool
+				f := newFarOn(t, tunneltest.Config{Flow: true, Packet: func(up bool, _ []byte) tunneltest.Fate {
+					return tunneltest.Fate{Delay: 20 * time.Millisecond, Drop: off.Load() && shut(up)}
+				}}, first)
+				defer f.end()
+				f.real(0)
+				r := f.run(tunnel.ModeAuto, nil)
+				r.up()
+				r.by(wire.WaySealed)
+				ctx, cancel := context.WithCancel(context.Background())
+				ended := r.call(ctx)
+				time.Sleep(3 * time.Second)
+				off.Store(true)
+				began := time.Now()
+				s := r.by(wire.WayDatagram)
+				if took := time.Since(began); took > 3*time.Second {
+					t.Errorf("they were left after %v (%s)", took, s.WayWhy)
+				}
+				if !strings.Contains(s.WayWhy, "QUIC DATAGRAM passes") {
+					t.Errorf("because %q", s.WayWhy)
+				}
+				off.Store(false)
+				r.by(wire.WaySealed)
+				cancel()
+				<-ended
+				r.stop()
+			})
+		})
+	}
+}
+
+func TestLanesAreOpenedForACallAndReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFar(t, first)
+		defer f.end()
+		joined := f.real(6)
+		r := f.run(tunnel.ModeTCP, func(c *Config) { c.Lanes = 4 })
+		if s := r.up(); s.Way != "lanes" {
+			t.Errorf("state %+v", s)
+		}
+		time.Sleep(time.Minute)
+		if n := joined.Load(); n != 1 {
+			t.Errorf("an idle sidecar has %d lanes, want 1", n)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := r.call(ctx)
+		time.Sleep(time.Second)
+		if n := joined.Load(); n != 6 {
+			t.Errorf("a call has %d lanes, want the 6 that the cloud proxy asks for", n)
+		}
+		f.nets["tls"].CutLanes()
+		time.Sleep(2 * time.Second)
+		if n := joined.Load(); n != 6 {
+			t.Errorf("%d lanes after all had been cut, want 6 again", n)
+		}
+		if n := len(r.all()); n != 2 {
+			t.Errorf("the link's states are %v: it should have stayed up", r.all())
+		}
+		cancel()
+		<-ended
+		r.stop()
+	})
+}
