@@ -55,8 +55,12 @@ func NewNear(age time.Duration) *Near {
 func (n *Near) SetLive(live bool) {
 	n.live.Store(live)
 	n.pacer.Live(live)
-	if live {
-		n.want()
+	if !live {
+		return
+	}
+	n.want()
+	if a, err := n.session(); err == nil {
+		a.plane.reports.begin()
 	}
 }
 

@@ -34,6 +34,7 @@ type plane struct {
 	// peer says (the far end).
 	live   func() bool
 	told   func(live bool)
+	heard  atomic.Bool // what told was last given
 	pacer  *bulk.Pacer
 	proved func() // something about a way is new; the near end. May be nil
 
@@ -119,6 +120,14 @@ func newPlane(age time.Duration, drops *media.Drops, pacer *bulk.Pacer) *plane {
 
 // clock is the time as reports tell it.
 func (p *plane) clock(now time.Time) uint32 { return uint32(now.Sub(p.origin).Microseconds()) }
+
+// isLive reports whether a channel is live, as the near end knows and tells.
+func (p *plane) isLive() bool {
+	if p.live != nil {
+		return p.live()
+	}
+	return p.heard.Load()
+}
 
 // addWay adds a transport to a kind of way.
 func (p *plane) addWay(kind wire.Way, t tunnel.Way) {
@@ -466,6 +475,10 @@ func (p *plane) notice(y *way, n wire.Notice) {
 		p.obey(n.Report.Use)
 		if p.told != nil {
 			p.told(n.Report.Live)
+			p.heard.Store(n.Report.Live)
+			if n.Report.Live {
+				p.reports.begin()
+			}
 		}
 		p.reports.often(n.Report.Often)
 		y.report(n.Report, time.Now())

@@ -16,8 +16,8 @@ const (
 	mediaRest = time.Second
 )
 
-// reports sends a report on each way while datagrams flow. An idle session has
-// no timer.
+// reports sends a report on each way while datagrams flow, while a channel is
+// live, and while bulk is being paced. An idle session has no timer.
 type reports struct {
 	plane   *plane
 	running atomic.Bool
@@ -61,6 +61,7 @@ func (r *reports) end() {
 func (r *reports) often(wanted bool) {
 	if wanted {
 		r.wish.Store(time.Now().Add(mediaRest).UnixNano())
+		r.begin() // whoever paces bulk must hear, also where media rests
 	}
 }
 
@@ -79,7 +80,7 @@ func (r *reports) tick() {
 	if p.open != nil {
 		use = wire.Use{} // the far end has nothing to say
 	}
-	live := p.live != nil && p.live()
+	live := p.isLive()
 	active := p.pacer.Active()
 	often := active
 	for _, y := range ways {
@@ -104,12 +105,12 @@ func (r *reports) tick() {
 	}
 	switch {
 	case r.ended:
-	case now.Sub(r.movedAt) < mediaRest || active:
+	case now.Sub(r.movedAt) < mediaRest || active || live || now.UnixNano() < r.wish.Load():
 		r.timer.Reset(pause)
 	default:
 		r.movedAt, r.began = time.Time{}, time.Time{}
 		r.running.Store(false)
-		if p.moved.Load() != r.moved && !r.running.Swap(true) { // one passed meanwhile
+		if (p.moved.Load() != r.moved || p.isLive()) && !r.running.Swap(true) { // something has begun meanwhile
 			r.timer.Reset(pause)
 		}
 	}
