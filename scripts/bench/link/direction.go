@@ -16,7 +16,7 @@ type Counts struct {
 	Blocked int `json:"blocked"`
 	Lost    int `json:"lost"`
 	Full    int `json:"full"`
-	// QueuedMs is the longest that a packet waited for the line since the last answer.
+	// QueuedMs is the longest that the rate held a packet, since the last answer.
 	QueuedMs float64 `json:"queued_ms"`
 }
 

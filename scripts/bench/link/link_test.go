@@ -122,7 +122,7 @@ func TestRateMakesAQueueThatDropsItsTail(t *testing.T) {
 	if got, _ := h.decide(&s, udp, start); got != full {
 		t.Errorf("a packet beyond the queue: %v", got)
 	}
-	if h.queued != 5*time.Millisecond {
+	if h.queued != 6*time.Millisecond {
 		t.Errorf("the longest wait is %v", h.queued)
 	}
 	if got, due := h.decide(&s, udp, start.Add(time.Second)); got != passes || due.Sub(start) != 1021*time.Millisecond {

@@ -19,10 +19,10 @@ const (
 // clock and no queue of its own: it says when a packet is due.
 type shaper struct {
 	random *rand.Rand
-	losing bool      // in a run of lost packets
-	free   time.Time // when the line has sent all that it took
-	last   time.Time // when the last packet is due: none is due before it
-	queued time.Duration
+	losing bool          // in a run of lost packets
+	free   time.Time     // when the line has sent all that it took
+	last   time.Time     // when the last packet is due: none is due before it
+	queued time.Duration // the longest that a packet took to leave: its wait and its own length
 }
 
 // Protocol numbers of IP.
@@ -49,8 +49,8 @@ func (h *shaper) decide(s *settings, packet []byte, now time.Time) (fate, time.T
 		if leaves.Sub(now) > s.queue {
 			return full, time.Time{}
 		}
-		h.queued = max(h.queued, leaves.Sub(now))
 		leaves = leaves.Add(time.Duration(float64(len(packet)*8) / s.rate * float64(time.Second)))
+		h.queued = max(h.queued, leaves.Sub(now))
 		h.free = leaves
 	}
 	due := leaves.Add(s.delay)
