@@ -327,7 +327,7 @@ func (b *bench) measure(r row, who subject) (_ *measure.Result, ownMs float64, e
 			algorithm = "cubic"
 		}
 		if err := s.link.Congestion(algorithm); err != nil {
-			return nil, 0, fmt.Errorf("this kernel has no %s: %w", algorithm, err)
+			return nil, 0, fmt.Errorf("%s is not to be had (the kernel's module is tcp_%[1]s): %w", algorithm, err)
 		}
 		far = append(far, s.direct())
 	}

@@ -89,17 +89,22 @@ func singBox(in, out string) func(*scene) error {
 		if _, err := s.certificate(); err != nil {
 			return err
 		}
-		fill := func(part string) string { return strings.ReplaceAll(part, "SECRET", peerSecret) }
-		alpn := `"alpn": ["h3"], `
-		if in == trojanIn {
-			alpn = ""
-		}
-		server := fmt.Sprintf(`{"log": {"level": "warn"}, "inbounds": [{%s, "listen": "::", "listen_port": %d, "tls": {"enabled": true, %s"certificate_path": %q, "key_path": %q}}], "outbounds": [{"type": "direct"}]}`,
-			fill(in), tunnelPort, alpn, s.file("cert.pem"), s.file("key.pem"))
-		client := fmt.Sprintf(`{"log": {"level": "warn"}, "inbounds": [{"type": "socks", "listen": "127.0.0.1", "listen_port": %d}], "outbounds": [{%s, "server": %q, "server_port": %d, "tls": {"enabled": true, %s"server_name": %q, "insecure": true}}]}`,
-			socksPort, fill(out), s.host, tunnelPort, alpn, peerName)
+		server, client := singBoxConfigs(s, in, out)
 		return s.pair(".json", server, client, []string{"sing-box", "run", "-c"}, []string{"sing-box", "run", "-c"})
 	}
+}
+
+func singBoxConfigs(s *scene, in, out string) (server, client string) {
+	fill := func(part string) string { return strings.ReplaceAll(part, "SECRET", peerSecret) }
+	alpn := `"alpn": ["h3"], `
+	if in == trojanIn {
+		alpn = ""
+	}
+	server = fmt.Sprintf(`{"log": {"level": "warn"}, "inbounds": [{%s, "listen": "::", "listen_port": %d, "tls": {"enabled": true, %s"certificate_path": %q, "key_path": %q}}], "outbounds": [{"type": "direct"}]}`,
+		fill(in), tunnelPort, alpn, s.file("cert.pem"), s.file("key.pem"))
+	client = fmt.Sprintf(`{"log": {"level": "warn"}, "inbounds": [{"type": "socks", "listen": "127.0.0.1", "listen_port": %d}], "outbounds": [{%s, "server": %q, "server_port": %d, "tls": {"enabled": true, %s"server_name": %q, "insecure": true}}]}`,
+		socksPort, fill(out), s.host, tunnelPort, alpn, peerName)
+	return server, client
 }
 
 func startXray(s *scene) error {
@@ -107,13 +112,18 @@ func startXray(s *scene) error {
 	if err != nil {
 		return err
 	}
-	server := fmt.Sprintf(`{"log": {"loglevel": "warning"}, "inbounds": [{"port": %d, "protocol": "vless", "settings": {"clients": [{"id": %q}], "decryption": "none"},
+	server, client := xrayConfigs(s, pin)
+	return s.pair(".json", server, client, []string{"xray", "run", "-c"}, []string{"xray", "run", "-c"})
+}
+
+func xrayConfigs(s *scene, pin string) (server, client string) {
+	server = fmt.Sprintf(`{"log": {"loglevel": "warning"}, "inbounds": [{"port": %d, "protocol": "vless", "settings": {"clients": [{"id": %q}], "decryption": "none"},
 "streamSettings": {"network": "tcp", "security": "tls", "tlsSettings": {"certificates": [{"certificateFile": %q, "keyFile": %q}]}}}], "outbounds": [{"protocol": "freedom"}]}`,
 		tunnelPort, peerSecret, s.file("cert.pem"), s.file("key.pem"))
-	client := fmt.Sprintf(`{"log": {"loglevel": "warning"}, "inbounds": [{"listen": "127.0.0.1", "port": %d, "protocol": "socks", "settings": {"udp": true}}],
+	client = fmt.Sprintf(`{"log": {"loglevel": "warning"}, "inbounds": [{"listen": "127.0.0.1", "port": %d, "protocol": "socks", "settings": {"udp": true}}],
 "outbounds": [{"protocol": "vless", "settings": {"vnext": [{"address": %q, "port": %d, "users": [{"id": %q, "encryption": "none"}]}]},
 "streamSettings": {"network": "tcp", "security": "tls", "tlsSettings": {"serverName": %q, "pinnedPeerCertSha256": %q}},
 "mux": {"enabled": true, "concurrency": -1, "xudpConcurrency": 16, "xudpProxyUDP443": "allow"}}]}`,
 		socksPort, s.host, tunnelPort, peerSecret, peerName, pin)
-	return s.pair(".json", server, client, []string{"xray", "run", "-c"}, []string{"xray", "run", "-c"})
+	return server, client
 }

@@ -110,7 +110,7 @@ type subject struct {
 	bare string
 }
 
-// subjects are all that are known, by name.
+// subjects are all that are known, by name; the README says what they are.
 var subjects = map[string]subject{
 	"direct":    {name: "direct", plain: (*scene).direct},
 	"relay":     {name: "relay", start: startRelay, plain: func(*scene) string { return at("127.0.0.1", relayPort) }},
@@ -126,19 +126,6 @@ var subjects = map[string]subject{
 	"tuic":     {name: "tuic", needs: "sing-box", start: singBox(tuicIn, tuicOut)},
 	"yamux":    {name: "yamux", needs: "sing-box", start: singBox(trojanIn, trojanOut)},
 	"xray":     {name: "xray", needs: "xray", start: startXray},
-}
-
-// about says what the names stand for.
-var about = [][2]string{
-	{"direct", "no proxy; where bulk runs beside, it is the kernel's own"},
-	{"relay", "two plain UDP relays in a row, nothing sealed"},
-	{"bare quic, bare tls", "one stream from end to end, no proxy around it"},
-	{"culvert auto, udp, tcp", "this tree, in these modes"},
-	{"hysteria", "hysteria 2, its own program"},
-	{"hy2", "hysteria 2 as sing-box has it"},
-	{"tuic", "TUIC over QUIC, sing-box"},
-	{"yamux", "trojan over TLS with yamux, sing-box"},
-	{"xray", "VLESS over TLS with XUDP mux, xray"},
 }
 
 func startRelay(s *scene) error {

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -192,8 +193,23 @@ func (l *Link) Set(settings string) (Queued, error) {
 	return max(answer.Up.Queued, answer.Down.Queued), nil
 }
 
-// Congestion chooses the kernel's congestion control in both namespaces.
-func (l *Link) Congestion(algorithm string) error {
+// allowed lists the algorithms that a namespace may have. It belongs to the
+// whole machine and can't be written from a namespace.
+const allowed = "/proc/sys/net/ipv4/tcp_allowed_congestion_control"
+
+// Congestion chooses the kernel's congestion control in both namespaces. Where
+// the machine does not allow namespaces the algorithm, it does for that moment.
+func (l *Link) Congestion(algorithm string) (err error) {
+	list, err := os.ReadFile(allowed)
+	if err != nil {
+		return err
+	}
+	if now := strings.TrimSpace(string(list)); !slices.Contains(strings.Fields(now), algorithm) {
+		if err := os.WriteFile(allowed, []byte(now+" "+algorithm), 0); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, os.WriteFile(allowed, []byte(now), 0)) }()
+	}
 	for _, p := range []Place{Near, Far} {
 		if _, err := p.Run("sh", "-c", `echo "$0" >/proc/sys/net/ipv4/tcp_congestion_control`, algorithm); err != nil {
 			return err
