@@ -70,7 +70,7 @@ func TestDatagramsGoByTheWayThatTheNearEndNames(t *testing.T) {
 		return !s.Small.IsZero() && !s.Large.IsZero()
 	})
 	p.at.Use(wire.WaySealed, wire.NoWay)
-	eventually(t, "the far end obeys", func() bool { return p.far.plane.using.Load().first.kind == wire.WaySealed })
+	eventually(t, "the far end obeys", func() bool { u := p.far.plane.using.Load(); return u != nil && u.first.kind == wire.WaySealed })
 	up, down := n.packets[1].Load(), n.packets[0].Load()
 	for range 10 {
 		echoed(t, a, in)
@@ -86,7 +86,7 @@ func TestACopyOnTheSecondWayIsDeliveredOnce(t *testing.T) {
 	in := newInbox()
 	a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
 	p.at.Use(wire.WayDatagram, wire.WaySealed)
-	eventually(t, "the far end obeys", func() bool { return p.far.plane.using.Load().also != nil })
+	eventually(t, "the far end obeys", func() bool { u := p.far.plane.using.Load(); return u != nil && u.also != nil })
 	for range 10 {
 		echoed(t, a, in)
 	}
@@ -197,7 +197,7 @@ func TestReportsTellLossDelayAndRoundTrip(t *testing.T) {
 			t.Errorf("the round trip is %v, want 70 ms", s.RTT)
 		}
 		far := p.far.plane.state(wire.WaySealed)
-		if far.Lost != 0 || far.Delay > time.Millisecond {
+		if far.Lost > 0.1 || far.Delay > time.Millisecond { // a report may overtake a packet or two of its 25
 			t.Errorf("downwards: %+v", far)
 		}
 	})
