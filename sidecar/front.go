@@ -19,6 +19,7 @@ import (
 	"unicode/utf8"
 
 	"culvert/tunnel"
+	"culvert/tunnel/netio"
 )
 
 const (
@@ -74,6 +75,7 @@ type Front struct {
 	drops        frontDrops
 	failures     logLimit
 	overflows    logLimit
+	poller       netio.Poller // reads associations
 
 	mu      sync.Mutex
 	conns   map[*frontConn]struct{} // guarded by mu
@@ -194,6 +196,7 @@ func (f *Front) Run(ctx context.Context) error {
 	}
 	f.mu.Unlock()
 	f.wg.Wait()
+	f.poller.Close()
 	return err
 }
 
@@ -244,17 +247,27 @@ func (f *Front) accept(ctx context.Context) error {
 			continue
 		}
 		go func() {
-			defer f.wg.Done()
 			f.serve(ctx, conn)
-			conn.Close()
-			f.mu.Lock()
-			delete(f.conns, conn)
-			f.mu.Unlock()
+			if conn.held.Load() == nil {
+				f.gone(conn)
+			}
 		}()
 	}
 }
 
-// serve tells the protocols apart by the first byte.
+// gone closes a connection and forgets it.
+func (f *Front) gone(c *frontConn) {
+	c.Close()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.conns[c]; ok {
+		delete(f.conns, c)
+		f.wg.Done()
+	}
+}
+
+// serve tells the protocols apart by the first byte. A UDP association outlives
+// it: then it holds the connection.
 func (f *Front) serve(ctx context.Context, c *frontConn) {
 	start := time.Now()
 	c.SetDeadline(start.Add(f.greeting))
@@ -341,6 +354,7 @@ type frontConn struct {
 	from netip.AddrPort
 	in   *bufio.Reader // what was read but not consumed; nil once empty
 	head io.LimitedReader
+	held atomic.Pointer[association] // the one that the connection now belongs to
 }
 
 func newFrontConn(c *net.TCPConn) *frontConn {
@@ -380,6 +394,9 @@ func (c *frontConn) WriteTo(w io.Writer) (int64, error) {
 func (c *frontConn) Abort(error) {
 	c.SetLinger(0)
 	c.Close()
+	if a := c.held.Load(); a != nil {
+		a.reset()
+	}
 }
 
 // finish closes after a reply. A close with unread bytes would be a reset,

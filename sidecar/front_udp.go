@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/netio"
 )
 
 const (
@@ -19,8 +20,6 @@ const (
 	udpPayload = 65507
 	// udpSocketBuffer holds 100 ms of 80 Mbit/s; the system may grant less.
 	udpSocketBuffer = 1 << 20
-	// udpBatch is how many datagrams are read before the batch is flushed.
-	udpBatch = 32
 	// controlBytes bounds what a client may send on the TCP connection of an
 	// association, where RFC 1928 has nothing to send.
 	controlBytes = 64 << 10
@@ -143,32 +142,36 @@ func (d *frontDrops) byReason() map[string]uint64 {
 // An association is one UDP ASSOCIATE: a socket on the address at which the
 // client reached us, relayed for the one client address that it is locked to.
 //
-// Two goroutines serve it: its TCP connection's, which ends it, and one that
-// reads the socket. What comes back is written by whoever delivers it.
+// It has no goroutine: the front's poller reads its socket and its TCP
+// connection, which ends it. What comes back is written by whoever delivers it.
 type association struct {
 	front  *Front
 	conn   *frontConn
-	socket *net.UDPConn
-	raw    syscall.RawConn
-	v6     bool
-	port   uint16 // the client's port where it named one
+	socket *netio.Socket
+	relay  netip.AddrPort // the socket's address
+	port   uint16         // the client's port where it named one
 	out    tunnel.Packets
 
 	sender atomic.Pointer[netip.AddrPort] // the client's socket, once it has sent
 
-	// The rest belongs to the reading goroutine.
+	// What belongs to the reader of the socket.
 	owner     socketOwner
 	stranger  netip.AddrPort // the last sender refused for its owner
 	refusedAt time.Time
 	lastHost  string // the last name, and what it stands for
 	lastTo    tunnel.Target
 
-	endOnce sync.Once
-	endErr  error
+	left int // bytes that the TCP connection may still bring; its reader's
+
+	mu      sync.Mutex    // held while sockets are closed; never while the path is called
+	control *netio.Socket // guarded by mu: the TCP connection, once the poller has it
+	started bool          // guarded by mu: who ends it finishes it
+	ended   bool          // guarded by mu
+	endErr  error         // guarded by mu until ended
 }
 
-// associate serves a UDP ASSOCIATE until its TCP connection ends. port is what
-// the client named as its own.
+// associate begins to serve a UDP ASSOCIATE, or refuses it. port is what the
+// client named as its own.
 func (f *Front) associate(c *frontConn, user string, port uint16) {
 	a, err := f.newAssociation(c, user, port)
 	if err != nil {
@@ -178,96 +181,133 @@ func (f *Front) associate(c *frontConn, user string, port uint16) {
 		c.finish(f.linger)
 		return
 	}
-	defer f.relays.Add(-1)
-	if _, err := c.Write(socksReply(socksSucceeded, addrPortUDP(a.socket))); err != nil {
+	if _, err := c.Write(socksReply(socksSucceeded, a.relay)); err != nil {
 		a.end(err)
 	}
-	var readers sync.WaitGroup
-	readers.Go(a.read)
-	a.hold()
-	a.end(nil)
-	readers.Wait()
-	a.out.Close()
-	if a.endErr == nil {
-		return
-	}
-	if n, ok := f.failures.allow(); ok {
-		f.log.Info("front: association ended before its app ended it", "code", string(tunnel.CodeOf(a.endErr)),
-			"from", c.from, "why", logText(tunnel.Sentence(a.endErr), logSentence), "unlogged", n)
-	}
+	a.start()
 }
 
 func (f *Front) newAssociation(c *frontConn, user string, port uint16) (*association, error) {
 	local := addrPort(c.LocalAddr()).Addr()
-	socket, err := f.listenUDP(local)
-	if err != nil {
-		return nil, tunnel.Errorf(tunnel.Internal, "no UDP socket on %s for an association: %w", local, err)
+	failed := func(err error) error {
+		return tunnel.Errorf(tunnel.Internal, "no UDP socket on %s for an association: %w", local, err)
 	}
-	socket.SetReadBuffer(udpSocketBuffer)
-	socket.SetWriteBuffer(udpSocketBuffer)
-	raw, err := socket.SyscallConn()
+	conn, err := f.listenUDP(local)
 	if err != nil {
-		socket.Close()
-		return nil, tunnel.Errorf(tunnel.Internal, "no UDP socket on %s for an association: %w", local, err)
+		return nil, failed(err)
 	}
-	a := &association{front: f, conn: c, socket: socket, raw: raw, v6: local.Is6(), port: port}
+	conn.SetReadBuffer(udpSocketBuffer)
+	conn.SetWriteBuffer(udpSocketBuffer)
+	a := &association{front: f, conn: c, relay: addrPortUDP(conn), port: port, left: controlBytes}
+	if a.socket, err = f.poller.Packet(conn, (*fromUDP)(a)); err != nil {
+		return nil, failed(err)
+	}
 	a.owner.of(c)
-	out, err := f.next.OpenPackets(tunnel.Peer{User: user, Addr: c.from, Held: true}, a)
+	a.out, err = f.next.OpenPackets(tunnel.Peer{User: user, Addr: c.from, Held: true}, a)
 	if err != nil {
-		socket.Close()
+		a.socket.Close()
 		return nil, err
 	}
-	a.out = out
+	c.held.Store(a)
 	f.relays.Add(1)
 	f.associations.Add(1)
 	return a, nil
 }
 
-// hold returns when the association's TCP connection has ended.
-func (a *association) hold() {
-	buf := make([]byte, 64)
-	for left := controlBytes; left > 0; {
-		n, err := a.conn.Read(buf)
-		if err != nil {
-			return
+// start gives the connection and the socket to the poller.
+func (a *association) start() {
+	a.conn.in = nil // what else came with the request is ignored
+	control, err := a.front.poller.Stream(a.conn.TCPConn, (*fromTCP)(a))
+	a.mu.Lock()
+	a.started, a.control = true, control
+	ended := a.ended
+	a.mu.Unlock()
+	if ended {
+		if control != nil {
+			control.Close()
 		}
-		left -= n
+		a.finish()
+		return
+	}
+	if err == nil {
+		err = control.Start()
+	}
+	if err == nil {
+		err = a.socket.Start()
+	}
+	switch {
+	case errors.Is(err, net.ErrClosed): // it has just ended
+		a.end(nil)
+	case err != nil:
+		a.end(tunnel.Errorf(tunnel.Internal, "the association's sockets can not be read: %w", err))
 	}
 }
 
-// end makes both goroutines return. It may be called from anywhere.
+// end closes everything. It never waits and may be called from anywhere.
 func (a *association) end(err error) {
-	a.endOnce.Do(func() {
-		a.endErr = err
-		a.socket.Close()
-		a.conn.Close()
-	})
-}
-
-// read carries datagrams from the app. An idle association has no buffer.
-func (a *association) read() {
-	wait := newReadiness(a.raw)
-	for wait.readable() == nil {
-		b := udpBuffers.Get().(*udpBuffer)
-		for range udpBatch {
-			n, from, err := a.socket.ReadFromUDPAddrPort(b.data[:])
-			if errors.Is(err, net.ErrClosed) {
-				udpBuffers.Put(b)
-				return
-			}
-			if err == nil {
-				a.fromApp(b.data[:n], from)
-			}
-			// Other errors are the echo of a reply that the app's socket
-			// refused: nothing was read.
-			if !wait.more() {
-				break
-			}
-		}
-		udpBuffers.Put(b)
-		a.out.Flush()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.ended {
+		return
+	}
+	a.ended, a.endErr = true, err
+	a.socket.Close()
+	a.conn.Close()
+	if a.control != nil {
+		a.control.Close()
+	}
+	if a.started {
+		go a.finish() // the caller may be the path, inside Closed
 	}
 }
+
+// reset ends the association, and its connection with RST.
+func (a *association) reset() {
+	a.mu.Lock()
+	if a.control != nil {
+		a.control.Reset()
+	}
+	a.mu.Unlock()
+	a.end(nil)
+}
+
+// finish leaves nothing behind.
+func (a *association) finish() {
+	a.out.Close()
+	if a.endErr != nil {
+		if n, ok := a.front.failures.allow(); ok {
+			a.front.log.Info("front: association ended before its app ended it", "code", string(tunnel.CodeOf(a.endErr)),
+				"from", a.conn.from, "why", logText(tunnel.Sentence(a.endErr), logSentence), "unlogged", n)
+		}
+	}
+	a.front.relays.Add(-1)
+	a.front.gone(a.conn)
+}
+
+// fromTCP is the association as its TCP connection's reader. RFC 1928 has
+// nothing to send there.
+type fromTCP association
+
+func (a *fromTCP) Take(p []byte, _ netip.AddrPort) {
+	if a.left -= len(p); a.left <= 0 {
+		(*association)(a).end(nil)
+	}
+}
+
+func (a *fromTCP) Flush() {}
+
+// Failed is the end of the connection.
+func (a *fromTCP) Failed() { (*association)(a).end(nil) }
+
+// fromUDP is the association as its socket's reader.
+type fromUDP association
+
+func (a *fromUDP) Take(p []byte, from netip.AddrPort) { (*association)(a).fromApp(p, from) }
+
+func (a *fromUDP) Flush() { a.out.Flush() }
+
+// Failed is the echo of a reply that the app's socket refused.
+func (a *fromUDP) Failed() {}
 
 // fromApp passes one datagram on.
 func (a *association) fromApp(p []byte, from netip.AddrPort) {
@@ -313,7 +353,7 @@ func (a *association) isSender(from netip.AddrPort) bool {
 		a.front.drops.count[dropWrongSource].Add(1)
 		return false
 	case unmapped == a.stranger && time.Since(a.refusedAt) < strangerPause,
-		!a.owner.owns(unmapped, addrPortUDP(a.socket)):
+		!a.owner.owns(unmapped, a.relay):
 		a.stranger, a.refusedAt = unmapped, time.Now()
 		a.front.drops.count[dropWrongUser].Add(1)
 		return false
@@ -355,10 +395,10 @@ func (a *association) Deliver(p []byte, from netip.AddrPort) {
 		return
 	}
 	n := len(head) + copy(b.data[len(head):], p)
-	switch err := b.send(a, n, *sender); {
+	switch err := a.socket.Send(b.data[:n], *sender); {
 	case err == nil:
 		drops.down.Add(1)
-	case isSocketFull(err):
+	case errors.Is(err, tunnel.ErrBlocked), errors.Is(err, syscall.ENOBUFS):
 		drops.count[dropSocketFull].Add(1)
 	default:
 		drops.count[dropSocketError].Add(1)
@@ -387,5 +427,10 @@ func addrPortUDP(c *net.UDPConn) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// udpBuffers are shared by all associations of the process and both directions.
-var udpBuffers = sync.Pool{New: func() any { return newUDPBuffer() }}
+// udpBuffer holds one datagram for an app.
+type udpBuffer struct {
+	data [1 << 16]byte
+}
+
+// udpBuffers are shared by all associations of the process.
+var udpBuffers = sync.Pool{New: func() any { return new(udpBuffer) }}

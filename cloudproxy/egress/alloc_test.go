@@ -60,15 +60,15 @@ func TestADatagramAllocatesNothing(t *testing.T) {
 // Loopback frees the send buffer at once, so what a full one answers is given here.
 func TestWhatTheKernelSaysToADatagram(t *testing.T) {
 	to := netip.MustParseAddrPort("192.0.2.1:9")
-	for errno, want := range map[syscall.Errno]struct {
+	for errno, want := range map[error]struct {
 		err     error // of Send
 		dropped string
 		told    tunnel.Code // by Unreachable
 	}{
-		syscall.EAGAIN:      {nil, dropFull, ""},
+		tunnel.ErrBlocked:   {nil, dropFull, ""},
 		syscall.ENOBUFS:     {nil, dropFull, ""},
 		syscall.ENOMEM:      {nil, dropFull, ""},
-		syscall.EMSGSIZE:    {tunnel.ErrTooLarge, "", ""},
+		tunnel.ErrTooLarge:  {tunnel.ErrTooLarge, "", ""},
 		syscall.ENETUNREACH: {tunnel.NetworkUnreachable, dropError, ""},
 		syscall.EPERM:       {nil, dropError, tunnel.NotPermitted},
 	} {

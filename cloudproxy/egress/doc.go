@@ -11,7 +11,7 @@
 // (REQ-8), hairpinning (REQ-9) and ICMP errors.
 //
 // It promises that no Send waits: a full socket is a counted drop. Idle
-// associations hold no read buffer.
+// associations hold no read buffer and, on Linux, no goroutine.
 //
 // It does not decide what may be reached: without a guard it sends to private
 // and loopback addresses like any program on this host.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/netio"
 )
 
 // Config says how traffic leaves. The zero value is usable.
@@ -44,7 +45,8 @@ type Egress struct {
 	cfg    Config
 	epoch  time.Time
 	stop   chan struct{}
-	wg     sync.WaitGroup // the sweeper, and one reader for each socket
+	wg     sync.WaitGroup // the sweeper
+	poller netio.Poller   // reads all sockets
 	own    ownAddrs
 	sent   atomic.Uint64
 	recvd  atomic.Uint64
@@ -141,6 +143,7 @@ func (e *Egress) Close() error {
 	if e.closed {
 		e.mu.Unlock()
 		e.wg.Wait()
+		e.poller.Close()
 		return nil
 	}
 	e.closed = true
@@ -154,6 +157,7 @@ func (e *Egress) Close() error {
 		s.Abort(errStopped)
 	}
 	e.wg.Wait()
+	e.poller.Close()
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/netio"
 )
 
 const (
@@ -94,8 +95,7 @@ func (a *association) end(err error) {
 	a.leave()
 }
 
-// Close ends the association. The reader closes the socket, since Close may be
-// called by it, inside Deliver.
+// Close ends the association.
 func (a *association) Close() error {
 	a.mu.Lock()
 	if s := a.state.Load(); s == stateOpen || s == stateEnded {
@@ -106,7 +106,7 @@ func (a *association) Close() error {
 	return nil
 }
 
-// drop makes the sockets' readers leave.
+// drop closes the sockets.
 func (a *association) drop() {
 	e := a.e
 	e.mu.Lock()
@@ -119,7 +119,7 @@ func (a *association) drop() {
 	e.mu.Unlock()
 	for i := range a.sockets {
 		if s := a.sockets[i].Load(); s != nil {
-			s.conn.SetReadDeadline(time.Unix(1, 0))
+			s.conn.Close()
 		}
 	}
 }
@@ -158,12 +158,11 @@ func (a *association) Send(p []byte, to tunnel.Target) error {
 		}
 	}
 	for range 3 {
-		err = s.send(p, to.AddrPort())
+		err = s.conn.Send(p, to.AddrPort())
 		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EHOSTUNREACH) {
 			break
 		}
-		// An ICMP error to an earlier datagram: the queue has it for the reader, and this datagram has not been sent.
-		s.noticed.Store(true)
+		// An ICMP error to an earlier datagram: the queue has it for Failed, and this datagram has not been sent.
 	}
 	return a.outcome(to.AddrPort(), err)
 }
@@ -174,10 +173,10 @@ func (a *association) outcome(to netip.AddrPort, err error) error {
 	case err == nil:
 		a.e.sent.Add(1)
 		return nil
-	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.ENOMEM):
+	case errors.Is(err, tunnel.ErrBlocked), errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.ENOMEM):
 		a.e.full.Add(1)
 		return nil
-	case errors.Is(err, syscall.EMSGSIZE):
+	case errors.Is(err, tunnel.ErrTooLarge):
 		return tunnel.ErrTooLarge
 	case a.state.Load() != stateOpen:
 		return net.ErrClosed
@@ -284,40 +283,46 @@ func (a *association) socket(f int) (*socket, error) {
 		a.e.failed.Add(1)
 		return nil, explain("no UDP socket: the destination", err)
 	}
-	s, err := newSocket(a, conn, f == 1)
-	if err != nil {
-		conn.Close()
+	s := &socket{a: a, key: mapping{f == 1, conn.LocalAddr().(*net.UDPAddr).AddrPort().Port()}}
+	if err := s.open(conn); err != nil {
+		a.e.failed.Add(1)
 		return nil, tunnel.Errorf(tunnel.Internal, "the UDP socket can not be used: %w", err)
 	}
 	a.e.mu.Lock()
 	defer a.e.mu.Unlock()
 	if a.e.closed || a.state.Load() != stateOpen {
-		conn.Close()
+		s.conn.Close()
 		return nil, net.ErrClosed
 	}
 	a.e.ports[s.key] = s
 	a.sockets[f].Store(s)
-	a.e.wg.Add(1)
-	go func() {
-		defer a.e.wg.Done()
-		defer conn.Close()
-		s.read()
-	}()
 	return s, nil
 }
 
-// socketBase is what the systems' sockets share.
-type socketBase struct {
-	a       *association
-	conn    *net.UDPConn
-	key     mapping
-	noticed atomic.Bool // a Send has met an ICMP error that the reader should fetch
+// socket is one unconnected UDP socket, and its netio.Reader.
+type socket struct {
+	a    *association
+	conn *netio.Socket
+	key  mapping
 }
 
-func (s *socketBase) init(a *association, conn *net.UDPConn, v6 bool) {
-	s.a, s.conn = a, conn
-	s.key = mapping{v6, conn.LocalAddr().(*net.UDPAddr).AddrPort().Port()}
+// open takes over a socket. It has sent nothing yet, so nothing that arrives
+// before the association knows it gets through the filter.
+func (s *socket) open(conn *net.UDPConn) (err error) {
+	if s.conn, err = s.a.e.poller.Packet(conn, s); err != nil {
+		return err
+	}
+	if err = s.wantErrors(); err == nil {
+		err = s.conn.Start()
+	}
+	if err != nil {
+		s.conn.Close()
+	}
+	return err
 }
 
-// buffers are borrowed while a socket is readable.
-var buffers = sync.Pool{New: func() any { return new(buffer) }}
+// Take is one datagram.
+func (s *socket) Take(p []byte, from netip.AddrPort) { s.a.deliver(p, from, s.a.e.now()) }
+
+// Flush does nothing: each datagram has been delivered by itself.
+func (s *socket) Flush() {}

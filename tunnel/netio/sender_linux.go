@@ -18,8 +18,13 @@ import (
 
 // A Sender sends on a UDP socket that others may read and write at the same time.
 type Sender struct {
-	raw syscall.RawConn
+	raw controller
 	v6  bool // an IPv6 socket: it reaches IPv4 by mapped addresses
+}
+
+// controller is what a Sender needs of a syscall.RawConn; it has what a Socket lends.
+type controller interface {
+	Control(func(fd uintptr)) error
 }
 
 // NewSender returns a sender for a socket that is not connected. It ends with
@@ -166,7 +171,7 @@ func (o *sending) put(i int, p []byte, to netip.AddrPort, from netip.Addr, v6 bo
 }
 
 // do sends the n messages that were put and returns how many went.
-func (o *sending) do(raw syscall.RawConn) (int, error) {
+func (o *sending) do(raw controller) (int, error) {
 	o.sent, o.err = 0, nil
 	// Not RawConn.Write: it would wait for a Write on the same socket that
 	// itself waits for room.

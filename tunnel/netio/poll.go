@@ -1,0 +1,17 @@
+package netio
+
+import "net/netip"
+
+// A Reader takes what arrives on one socket of a Poller. Its calls never
+// overlap and must not block: the Poller's other sockets wait for them.
+type Reader interface {
+	// Take hands over one datagram, or some bytes of a stream (from is then
+	// invalid). p is borrowed until it returns.
+	Take(p []byte, from netip.AddrPort)
+	// Flush follows the Takes of one batch.
+	Flush()
+	// Failed says that a datagram socket has an error pending, perhaps in its
+	// error queue, which must then be emptied; or that a stream has ended or
+	// broken, which is its last call.
+	Failed()
+}
