@@ -202,18 +202,3 @@ func (e *end) heard() (all []string) {
 	e.got = nil
 	return all
 }
-
-// ticks lets time pass in steps of the plane's reports, with traffic both ways.
-func (w *pair) ticks(t testing.TB, now *time.Time, d time.Duration, traffic ...string) (up, down []sealedParcel) {
-	t.Helper()
-	for end := now.Add(d); now.Before(end); {
-		*now = now.Add(250 * time.Millisecond)
-		w.near.say(t, traffic...)
-		w.far.say(t, traffic...)
-		w.near.Tick(*now)
-		w.far.Tick(*now)
-		a, b := w.carry()
-		up, down = append(up, a...), append(down, b...)
-	}
-	return up, down
-}
