@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	"culvert/tunnel"
 	"culvert/tunnel/wire"
