@@ -156,14 +156,14 @@ var rows = []row{
 		bars:     join(atMostTimes(cpu, "culvert auto", 0.6, quicPeers...), atMostTimes(cpu, "culvert auto", 1.9, "relay")),
 	},
 	{
-		id: "closed", title: "closed loop: 4 flows, window 64, 1000 B",
+		id: "closed", title: "4 flows with 64 packets of 1000 B under way, as fast as they come back",
 		load: []string{"closed", "-flows", "4", "-window", "64", "-size", "1000"}, dur: 5 * time.Second,
 		subjects: everyone,
 		columns:  []column{echoes, cpu},
 		bars:     atLeast(echoes, 45_000, "culvert auto"),
 	},
 	{
-		id: "delay", title: "delay: 100 flows × 50 packets/s × 200 B",
+		id: "delay", title: "100 flows × 50 packets/s × 200 B, nothing in the way",
 		load: []string{"paced", "-kind", "audio=100x50x200"}, dur: 10 * time.Second,
 		subjects: everyone,
 		columns:  []column{median, p99, onTime, cpu},
@@ -192,14 +192,14 @@ var rows = []row{
 	},
 	{
 		id: "loss1", title: "loss 1 % each way, 20 ms: 4 flows × 100 packets/s × 800 B", link: "delay=20ms loss=1",
-		load: []string{"paced", "-kind", "video=4x100x800"}, dur: 20 * time.Second,
+		load: []string{"paced", "-kind", "video=4x100x800"}, dur: 30 * time.Second,
 		subjects: everyone,
 		columns:  []column{onTime, median, p99, oldest},
 		bars:     join(asDirect(onTime, 0.5, udpModes...), atLeast(onTime, 99.5, "culvert tcp")),
 	},
 	{
 		id: "loss3", title: "loss 3 % each way, 20 ms: 4 flows × 100 packets/s × 800 B", link: "delay=20ms loss=3",
-		load: []string{"paced", "-kind", "video=4x100x800"}, dur: 20 * time.Second,
+		load: []string{"paced", "-kind", "video=4x100x800"}, dur: 30 * time.Second,
 		subjects: everyone,
 		columns:  []column{onTime, median, p99, oldest},
 		bars:     join(asDirect(onTime, 0.5, udpModes...), atLeast(onTime, 99, "culvert tcp")),
@@ -213,7 +213,7 @@ var rows = []row{
 	},
 	{
 		id: "loss5", title: "loss 5 % each way, 40 ms: 2 × 2 Mbit/s of video", link: "delay=40ms loss=5",
-		load: []string{"paced", "-kind", "video=2x210x1190"}, dur: 20 * time.Second,
+		load: []string{"paced", "-kind", "video=2x210x1190"}, dur: 30 * time.Second,
 		subjects: everyone,
 		columns:  []column{onTime, median, p99, oldest},
 		bars:     asDirect(onTime, 0.5, udpModes...),
