@@ -45,6 +45,8 @@ type plane struct {
 	cutter  media.Cutter
 	joiner  media.Joiner
 
+	changing sync.Mutex // spans addWay and removeWay: lanes end while the session does
+
 	mu   sync.RWMutex // guards the fields below
 	ways [wire.WaysEnd]*way
 	said wire.Use
@@ -131,6 +133,8 @@ func (p *plane) isLive() bool {
 
 // addWay adds a transport to a kind of way.
 func (p *plane) addWay(kind wire.Way, t tunnel.Way) {
+	p.changing.Lock()
+	defer p.changing.Unlock()
 	p.mu.Lock()
 	y := p.ways[kind]
 	if y == nil {
@@ -142,18 +146,18 @@ func (p *plane) addWay(kind wire.Way, t tunnel.Way) {
 	p.choose()
 }
 
-// removeWay takes a transport back.
+// removeWay takes a transport back. One that is not there is not missed.
 func (p *plane) removeWay(kind wire.Way, t tunnel.Way) {
+	p.changing.Lock()
+	defer p.changing.Unlock()
 	p.mu.Lock()
 	y := p.ways[kind]
 	p.mu.Unlock()
-	if y == nil || y.remove(t) {
+	if y == nil || y.remove(t) > 0 {
 		return
 	}
 	p.mu.Lock()
-	if p.ways[kind] == y {
-		p.ways[kind] = nil
-	}
+	p.ways[kind] = nil
 	p.mu.Unlock()
 	p.choose()
 	y.room.Discard()

@@ -108,21 +108,22 @@ func (y *way) add(t tunnel.Way) {
 	y.room.Add(o, y.receive)
 }
 
-// remove takes a transport out. It reports whether any are left.
-func (y *way) remove(t tunnel.Way) bool {
+// remove takes a transport out, if it is there, and returns how many are left.
+func (y *way) remove(t tunnel.Way) int {
 	y.mu.Lock()
 	i := slices.IndexFunc(y.outlets, func(o *outlet) bool { return o.Way == t })
-	if i < 0 {
-		y.mu.Unlock()
-		return len(y.outlets) > 0
+	var gone *outlet
+	if i >= 0 {
+		gone = y.outlets[i]
+		y.outlets = slices.Delete(y.outlets, i, i+1)
 	}
-	o := y.outlets[i]
-	y.outlets = slices.Delete(y.outlets, i, i+1)
 	left := len(y.outlets)
 	y.mu.Unlock()
-	y.room.Remove(o)
-	y.plane.retire(t)
-	return left > 0
+	if gone != nil {
+		y.room.Remove(gone)
+		y.plane.retire(t)
+	}
+	return left
 }
 
 // transports returns what the way sends on at the moment.

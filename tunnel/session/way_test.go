@@ -3,6 +3,7 @@ package session
 import (
 	"bytes"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -218,4 +219,33 @@ func TestReportsEndWithTheDatagrams(t *testing.T) {
 			t.Errorf("%d packets in a minute without datagrams", n)
 		}
 	})
+}
+
+// idleWay takes everything and brings nothing.
+type idleWay struct{ n int }
+
+func (*idleWay) Start(func(p []byte), func()) {}
+func (*idleWay) Send(p []byte) error          { return nil }
+func (*idleWay) Max() int                     { return 1200 }
+func (*idleWay) Name() string                 { return "lane" }
+func (w *idleWay) Lost() map[string]uint64    { return map[string]uint64{"late": uint64(w.n)} }
+
+func TestLanesThatEndWhileTheSessionEndsAreCountedOnce(t *testing.T) {
+	for range 100 {
+		p := newPlane(0, &media.Drops{}, nil)
+		lanes := []*idleWay{{1}, {2}, {3}}
+		var wg sync.WaitGroup
+		for _, l := range lanes {
+			p.addWay(wire.WayLanes, l)
+			wg.Go(func() { p.removeWay(wire.WayLanes, l) })
+		}
+		wg.Go(p.close)
+		wg.Wait()
+		p.close()
+		lost := map[string]uint64{}
+		p.lostTo(lost)
+		if lost["late"] != 6 || p.using.Load() != nil {
+			t.Fatalf("lost %v in all, in use %v; each of the three lanes lost 1, 2 and 3", lost, p.using.Load())
+		}
+	}
 }
