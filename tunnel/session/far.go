@@ -43,7 +43,13 @@ type FarConfig struct {
 	Peered wire.Version  // the sidecar's version
 	Limits Limits
 	Age    time.Duration // how long a datagram may wait; 0: media.MaxAge
+	ID     string        // the session's
+	Hold   time.Duration // how long the session lives without any connection; 0: DefaultHold
+	Ended  func(error)   // called once, on its own goroutine, when the session has ended; may be nil
 }
+
+// DefaultHold is how long a session lives without any connection.
+const DefaultHold = time.Minute
 
 // Far is the cloud proxy's end of a session.
 type Far struct {
@@ -61,7 +67,10 @@ type Far struct {
 	ctx  context.Context // ends with the session
 	stop context.CancelCauseFunc
 
-	mu     sync.Mutex // guards assocs, ended
+	mu     sync.Mutex // guards the fields below
+	served int        // connections that serve the session
+	hold   *time.Timer // ends the session while served is 0
+	lines  map[uint64]*resume.Conn // streams by number, the control stream's is 0
 	assocs map[uint32]*farPackets
 	// ended remembers associations for as long as a record of theirs may still
 	// be under way, so that it does not open them again. Oldest first.
@@ -82,7 +91,11 @@ func NewFar(cfg FarConfig) *Far {
 		opens:  rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond),
 		assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
+	if f.cfg.Hold <= 0 {
+		f.cfg.Hold = DefaultHold
+	}
 	f.ctx, f.stop = context.WithCancelCause(context.Background())
+	f.hold = time.AfterFunc(f.cfg.Hold, f.expire)
 	f.pacer = bulk.New()
 	f.plane = newPlane(cfg.Age, &f.drops, f.pacer)
 	f.plane.open, f.plane.told = f.open, f.pacer.Live
@@ -94,49 +107,43 @@ func (f *Far) Limits() wire.Limits {
 	return wire.Limits{Associations: f.cfg.Limits.Associations, Streams: f.cfg.Limits.Streams}
 }
 
-// Serve serves the session over its first carrier. It returns when the carrier
-// or the session has ended, and everything on the carrier with it. The session
-// ends with this carrier. sealed is what Welcome has said of sealed packets on
-// this connection, for the session id; nil: there are none.
-func (f *Far) Serve(c tunnel.Carrier, id string, sealed *wire.Sealed) error {
-	if w := c.Datagrams(); w != nil {
-		f.plane.addWay(wire.WayDatagram, w)
+// Serve serves the session over a carrier, beside others, until the carrier or
+// the session has ended, and everything on the carrier with it. A session that
+// is served by nothing lives on for FarConfig.Hold. sealed is what Welcome has
+// said of sealed packets on this connection; nil: there are none.
+func (f *Far) Serve(c tunnel.Carrier, sealed *wire.Sealed) error {
+	if !f.enter() {
+		c.Close(context.Cause(f.ctx))
+		return context.Cause(f.ctx)
 	}
-	s, err := newSealed(c, id, sealed, false, nil)
-	if err != nil {
-		f.Close(err)
-	} else if s != nil {
-		f.plane.addWay(wire.WaySealed, s)
-		defer s.Close()
-	}
-	return f.serve(c, true, f.Close)
-}
-
-// ServeStreams serves streams of the session over one more carrier. The session
-// outlives it.
-func (f *Far) ServeStreams(c tunnel.Carrier) error { return f.serve(c, false, func(error) {}) }
-
-// serve accepts a carrier's streams until it ends, calls ended, and returns
-// when its streams have ended. The session's first carrier has the control
-// stream.
-func (f *Far) serve(c tunnel.Carrier, first bool, ended func(error)) error {
+	defer f.leave()
 	unhook := context.AfterFunc(f.ctx, func() { c.Close(context.Cause(f.ctx)) })
 	defer unhook()
+	if w := c.Datagrams(); w != nil {
+		defer f.plane.succeed(wire.WayDatagram, w)()
+	}
+	s, err := newSealed(c, f.cfg.ID, sealed, false, nil)
+	if err != nil {
+		c.Close(err)
+		return err
+	}
+	if s != nil {
+		defer s.Close()
+		defer f.plane.succeed(wire.WaySealed, s)()
+	}
 	var streams sync.WaitGroup
-	var err error
 	for {
 		var s tunnel.Stream
 		if s, err = c.AcceptStream(f.ctx); err != nil {
 			break
 		}
-		streams.Go(func() { f.serveStream(c, first, s) })
+		streams.Go(func() { f.serveStream(s) })
 	}
 	if f.ctx.Err() != nil {
 		err = context.Cause(f.ctx) // why we end it, which the peer is told
 	} else if cause := c.Err(); cause != nil {
 		err = cause
 	}
-	ended(err)
 	c.Close(err)
 	streams.Wait()
 	return err
@@ -145,6 +152,11 @@ func (f *Far) serve(c tunnel.Carrier, first bool, ended func(error)) error {
 // ServeLane carries the session's datagrams over a lane until the lane or the
 // session ends.
 func (f *Far) ServeLane(l tunnel.Lane) error {
+	if !f.enter() {
+		l.Close(context.Cause(f.ctx))
+		return context.Cause(f.ctx)
+	}
+	defer f.leave()
 	f.plane.addWay(wire.WayLanes, l)
 	select {
 	case <-l.Done():
@@ -153,6 +165,38 @@ func (f *Far) ServeLane(l tunnel.Lane) error {
 	}
 	f.plane.removeWay(wire.WayLanes, l)
 	return l.Err()
+}
+
+// enter counts a connection in. It reports false when the session has ended.
+func (f *Far) enter() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ctx.Err() != nil {
+		return false
+	}
+	f.served++
+	f.hold.Stop()
+	return true
+}
+
+// leave counts it out.
+func (f *Far) leave() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.served--
+	if f.served == 0 && f.ctx.Err() == nil {
+		f.hold.Reset(f.cfg.Hold)
+	}
+}
+
+// expire ends a session that nothing has served for its time.
+func (f *Far) expire() {
+	f.mu.Lock()
+	served := f.served
+	f.mu.Unlock()
+	if served == 0 {
+		f.Close(tunnel.Errorf(tunnel.SessionExpired, "the sidecar had no connection for %v", f.cfg.Hold))
+	}
 }
 
 // Close ends the session: associations and streams end, and Serve returns. It

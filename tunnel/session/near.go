@@ -88,59 +88,115 @@ func (n *Near) Busy() bool {
 // Live returns what SetLive was last given.
 func (n *Near) Live() bool { return n.live.Load() }
 
-// Attached is a session with the carrier that serves it.
+// Attached is a session, with the connections that serve it at the moment.
 type Attached struct {
 	near    *Near
-	carrier tunnel.Carrier
 	control *control
 	plane   *plane
 	welcome wire.Welcome
-	stream  tunnel.Stream
-	streams atomic.Pointer[tunnel.Carrier] // where new streams go; nil: the carrier
-	sealed  *media.Sealed                  // nil: there is none
-	news    chan struct{}                  // capacity 1: something about a way is new
-	going   chan struct{}                  // closed when the cloud proxy says that it is going
+	line    *resume.Conn  // under the control stream
+	news    chan struct{} // capacity 1: something about a way is new
+	going   chan struct{} // closed when the cloud proxy says that it is going
 	goOnce  sync.Once
+
+	ctx  context.Context // ends with the session
+	stop context.CancelCauseFunc
+	work sync.WaitGroup // streams that seek a carrier
+
+	mu       sync.Mutex // guards the fields below
+	carriers []*serving // oldest first
+	prefer   tunnel.Carrier
+	changed  chan struct{} // closed when carriers or prefer change, then replaced
 }
 
-// Attach makes a session the one that traffic goes into. Associations of an
-// earlier session are carried on; its streams end with its carrier. The ways
-// that the carrier itself has are the session's, and datagrams go by whatever
-// is at hand until Use says how.
-func (n *Near) Attach(ctx context.Context, c tunnel.Carrier, welcome wire.Welcome) (*Attached, error) {
-	s, err := c.OpenStream(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := wire.Write(s, wire.Message{Control: &wire.Control{}}); err != nil {
-		s.Close()
-		return nil, err
-	}
+// serving is a carrier that serves a session.
+type serving struct {
+	carrier tunnel.Carrier
+	sealed  *media.Sealed // nil: there is none
+}
+
+// Attach makes a session, that welcome has opened, the one that traffic goes
+// into. Associations of an earlier session are carried on, its streams are not.
+// Nothing passes before a carrier is added.
+func (n *Near) Attach(welcome wire.Welcome) *Attached {
 	a := &Attached{
-		near: n, carrier: c, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome, stream: s,
-		going: make(chan struct{}), news: make(chan struct{}, 1),
+		near: n, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome,
+		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}),
 	}
+	a.ctx, a.stop = context.WithCancelCause(context.Background())
 	a.plane.live, a.plane.proved = n.live.Load, a.tellNews
-	if a.sealed, err = newSealed(c, welcome.Session, welcome.Sealed, true, func() {
-		c.Close(tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy has been restarted"))
-	}); err != nil {
-		s.Close()
-		return nil, err
-	}
+	a.line = a.newLine(controlNumber)
 	n.mu.Lock()
 	for _, p := range n.assocs {
 		p.attach(a)
 	}
 	n.current = a
 	n.mu.Unlock()
-	if w := c.Datagrams(); w != nil {
-		a.plane.addWay(wire.WayDatagram, w)
-	}
-	if a.sealed != nil {
-		a.plane.addWay(wire.WaySealed, a.sealed)
-	}
 	n.attached.Add(1)
-	return a, nil
+	return a
+}
+
+// AddCarrier makes a carrier, whose Open or Join has been granted, serve the
+// session, with its ways for datagrams in the place of an older carrier's.
+// sealed is what Welcome has said of sealed packets on this connection.
+func (a *Attached) AddCarrier(c tunnel.Carrier, sealed *wire.Sealed) error {
+	s, err := newSealed(c, a.welcome.Session, sealed, true, func() {
+		c.Close(tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy has been restarted"))
+	})
+	if err != nil {
+		return err
+	}
+	a.put(wire.WayDatagram, c.Datagrams())
+	if s != nil {
+		a.put(wire.WaySealed, s)
+	}
+	a.mu.Lock()
+	a.carriers = append(a.carriers, &serving{c, s})
+	a.tellChangedLocked()
+	a.mu.Unlock()
+	return nil
+}
+
+// put makes w the only transport of its kind.
+func (a *Attached) put(kind wire.Way, w tunnel.Way) {
+	if w == nil {
+		return
+	}
+	older := a.plane.transports(kind)
+	a.plane.addWay(kind, w)
+	for _, t := range older {
+		a.plane.removeWay(kind, t)
+	}
+}
+
+// RemoveCarrier takes a carrier out. Streams on it continue on another one
+// once the carrier has been closed, which is the caller's to do.
+func (a *Attached) RemoveCarrier(c tunnel.Carrier) {
+	a.mu.Lock()
+	i := slices.IndexFunc(a.carriers, func(s *serving) bool { return s.carrier == c })
+	if i < 0 {
+		a.mu.Unlock()
+		return
+	}
+	s := a.carriers[i]
+	a.carriers = slices.Delete(a.carriers, i, i+1)
+	if a.prefer == c {
+		a.prefer = nil
+	}
+	a.tellChangedLocked()
+	a.mu.Unlock()
+	if w := c.Datagrams(); w != nil {
+		a.plane.removeWay(wire.WayDatagram, w)
+	}
+	if s.sealed != nil {
+		a.plane.removeWay(wire.WaySealed, s.sealed)
+		s.sealed.Close()
+	}
+}
+
+func (a *Attached) tellChangedLocked() {
+	close(a.changed)
+	a.changed = make(chan struct{})
 }
 
 func (a *Attached) tellNews() {
@@ -186,35 +242,55 @@ func (a *Attached) Reporting() bool { return a.plane.reports.flowing() }
 // Way tells what is known about a way.
 func (a *Attached) Way(kind wire.Way) WayState { return a.plane.state(kind) }
 
-// SetStreams makes c, which has joined the session, carry new streams; nil: the
-// session's first carrier does again. Streams stay where they were opened.
-func (a *Attached) SetStreams(c tunnel.Carrier) {
-	if c == nil {
-		a.streams.Store(nil)
-		return
-	}
-	a.streams.Store(&c)
+// Prefer makes new streams go by a carrier that has been added, for as long as
+// it serves; nil: by the newest.
+func (a *Attached) Prefer(c tunnel.Carrier) {
+	a.mu.Lock()
+	a.prefer = c
+	a.tellChangedLocked()
+	a.mu.Unlock()
 }
 
-// openStream opens a stream where new ones go at the moment.
-func (a *Attached) openStream(ctx context.Context) (tunnel.Stream, error) {
-	if c := a.streams.Load(); c != nil {
-		if s, err := (*c).OpenStream(ctx); err == nil || ctx.Err() != nil {
-			return s, err
+// carrier returns the carrier for a stream, other than avoid where that can be.
+// It waits until there is one.
+func (a *Attached) carrier(ctx context.Context, avoid tunnel.Carrier) (tunnel.Carrier, error) {
+	for {
+		a.mu.Lock()
+		changed := a.changed
+		var best tunnel.Carrier
+		for _, s := range a.carriers {
+			if s.carrier.Err() == nil && (best == nil || best == avoid || s.carrier != avoid && best != a.prefer) {
+				best = s.carrier
+			}
 		}
-		// This stream goes over the first carrier. Whoever set c takes it back
-		// when it has ended.
+		a.mu.Unlock()
+		if best != nil {
+			return best, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-a.ctx.Done():
+			return nil, context.Cause(a.ctx)
+		}
 	}
-	return a.carrier.OpenStream(ctx)
 }
 
 // Going is closed when the cloud proxy has said that it is about to stop.
 func (a *Attached) Going() <-chan struct{} { return a.going }
 
-// Run serves the control stream until the carrier ends, then detaches. It
-// returns why.
+// Run serves the session until it ends: by End, or at the cloud proxy's word.
+// It returns why; the carriers are still the caller's to remove and to close.
 func (a *Attached) Run() error {
-	err := a.control.run(a.stream, a.welcome.Version, a.carrier.Done(), a.handle)
+	unhook := context.AfterFunc(a.ctx, func() { a.line.Abort(context.Cause(a.ctx)) })
+	defer unhook()
+	a.work.Go(func() { a.connect(a.line, controlNumber, wire.Message{Control: &wire.Control{}}) })
+	err := a.control.run(a.line, a.welcome.Version, a.ctx.Done(), a.handle)
+	if a.ctx.Err() != nil {
+		err = context.Cause(a.ctx)
+	}
+	a.stop(err)
 	n := a.near
 	n.mu.Lock()
 	if n.current == a {
@@ -222,17 +298,15 @@ func (a *Attached) Run() error {
 	}
 	n.mu.Unlock()
 	a.plane.close()
-	if a.sealed != nil {
-		a.sealed.Close()
-	}
+	a.work.Wait()
 	n.mu.Lock()
 	a.plane.lostTo(n.lost)
 	n.mu.Unlock()
-	if cause := a.carrier.Err(); cause != nil {
-		return cause
-	}
 	return err
 }
+
+// End ends the session at this end; streams end with why.
+func (a *Attached) End(why error) { a.stop(why) }
 
 func (a *Attached) handle(m wire.Message) error {
 	switch {

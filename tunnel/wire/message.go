@@ -51,10 +51,13 @@ type Message struct {
 	Control *Control `json:"control,omitempty"`
 	Stream  *Stream  `json:"stream,omitempty"`
 	Opened  *Opened  `json:"opened,omitempty"`
+	Resume  *Resume  `json:"resume,omitempty"`
+	Resumed *Resumed `json:"resumed,omitempty"`
 
 	// On the control stream.
 	Closed *Closed `json:"closed,omitempty"`
 	GoAway *GoAway `json:"go_away,omitempty"`
+	End    *End    `json:"end,omitempty"`
 }
 
 // Open asks for a session, bound to the key of the TLS client certificate.
@@ -75,12 +78,14 @@ type Join struct {
 	Version Version `json:"version"`
 	Session string  `json:"session"`
 	As      string  `json:"as"`
+	// Sealed is as in Open, for this connection.
+	Sealed []string `json:"sealed,omitempty"`
 }
 
 // What a connection joins as.
 const (
 	AsLane    = "lane"    // it carries datagrams only
-	AsStreams = "streams" // it is one more carrier, for new streams
+	AsCarrier = "carrier" // it is one more carrier
 )
 
 // Welcome answers Open and Join.
@@ -276,7 +281,7 @@ func malformed(format string, args ...any) error {
 func (m *Message) count() int {
 	n := 0
 	for _, set := range []bool{m.Open != nil, m.Join != nil, m.Welcome != nil, m.Redirect != nil, m.Refused != nil,
-		m.Control != nil, m.Stream != nil, m.Opened != nil, m.Closed != nil, m.GoAway != nil} {
+		m.Control != nil, m.Stream != nil, m.Opened != nil, m.Resume != nil, m.Resumed != nil, m.Closed != nil, m.GoAway != nil, m.End != nil} {
 		if set {
 			n++
 		}
