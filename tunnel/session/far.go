@@ -48,6 +48,9 @@ type FarConfig struct {
 	Ended  func(error)   // called once, on its own goroutine, when the session has ended; may be nil
 }
 
+// errEnded is why a session ends that its sidecar needs no longer.
+var errEnded = tunnel.Errorf(tunnel.ProxyStopped, "the sidecar has stopped")
+
 // DefaultHold is how long a session lives without any connection.
 const DefaultHold = time.Minute
 
@@ -59,17 +62,17 @@ type Far struct {
 	opens *rate.Limiter
 	pacer *bulk.Pacer
 
-	control    *control
-	controlled atomic.Bool // the control stream has come
-	draining   atomic.Bool
-	streams    atomic.Int64
+	control  *control
+	draining atomic.Bool
+	streams  atomic.Int64
 
 	ctx  context.Context // ends with the session
 	stop context.CancelCauseFunc
+	work sync.WaitGroup // what lives as long as the session may
 
-	mu     sync.Mutex // guards the fields below
-	served int        // connections that serve the session
-	hold   *time.Timer // ends the session while served is 0
+	mu     sync.Mutex              // guards the fields below
+	served int                     // connections that serve the session
+	hold   *time.Timer             // ends the session while served is 0
 	lines  map[uint64]*resume.Conn // streams by number, the control stream's is 0
 	assocs map[uint32]*farPackets
 	// ended remembers associations for as long as a record of theirs may still
@@ -96,6 +99,12 @@ func NewFar(cfg FarConfig) *Far {
 	}
 	f.ctx, f.stop = context.WithCancelCause(context.Background())
 	f.hold = time.AfterFunc(f.cfg.Hold, f.expire)
+	context.AfterFunc(f.ctx, func() {
+		f.work.Wait()
+		if f.cfg.Ended != nil {
+			f.cfg.Ended(context.Cause(f.ctx))
+		}
+	})
 	f.pacer = bulk.New()
 	f.plane = newPlane(cfg.Age, &f.drops, f.pacer)
 	f.plane.open, f.plane.told = f.open, f.pacer.Live
@@ -205,12 +214,13 @@ func (f *Far) Close(why error) {
 	if why == nil {
 		why = context.Canceled
 	}
-	f.stop(why)
-	f.plane.close()
 	f.mu.Lock()
+	f.stop(why) // within mu, so that spawn starts nothing afterwards
+	f.hold.Stop()
 	all := f.assocs
 	f.assocs = nil
 	f.mu.Unlock()
+	f.plane.close()
 	for _, p := range all {
 		f.plane.remove(p.leg)
 		p.next.Close()
@@ -254,27 +264,40 @@ func (f *Far) admit(live, limit int, what string) error {
 // openingTime bounds how long a new stream may take to say what it is for.
 const openingTime = 10 * time.Second
 
-func (f *Far) serveStream(c tunnel.Carrier, first bool, s tunnel.Stream) {
+func (f *Far) serveStream(s tunnel.Stream) {
 	s.SetReadDeadline(time.Now().Add(openingTime))
 	m, err := wire.Read(s, f.cfg.Peered)
 	s.SetReadDeadline(time.Time{})
 	switch {
 	case err != nil:
 		s.Abort(err)
-	case m.Control != nil && first && !f.controlled.Swap(true):
-		if err := f.control.run(s, f.cfg.Peered, f.ctx.Done(), f.handle); f.ctx.Err() == nil {
-			// A carrier without its control stream serves nobody.
-			c.Close(err)
-		}
-	case m.Stream != nil:
+	case m.Control != nil:
+		f.beginControl()
+		f.goOn(s, controlNumber, m.Control.Received)
+	case m.Resume != nil && m.Resume.Number != controlNumber:
+		f.goOn(s, m.Resume.Number, m.Resume.Received)
+	case m.Stream != nil && m.Stream.Number != controlNumber:
 		f.serveTarget(s, m.Stream)
 	default:
 		s.Abort(tunnel.Errorf(tunnel.Internal, "the stream begins with a message that does not belong there"))
 	}
 }
 
+// refuse answers no and ends the stream.
+func refuse(s tunnel.Stream, why error) {
+	if wire.Write(s, wire.RefusedBy(why)) != nil {
+		s.Abort(why)
+		return
+	}
+	s.Close()
+}
+
 func (f *Far) handle(m wire.Message) error {
-	if m.Closed == nil {
+	switch {
+	case m.End != nil:
+		f.Close(errEnded)
+		return nil
+	case m.Closed == nil:
 		return nil // of a newer minor version
 	}
 	f.mu.Lock()
@@ -289,42 +312,50 @@ func (f *Far) handle(m wire.Message) error {
 	return nil
 }
 
-// serveTarget connects a stream to its target.
+// serveTarget connects a stream to its target. From then on it does not need
+// the carrier that it came by.
 func (f *Far) serveTarget(s tunnel.Stream, want *wire.Stream) {
 	n := f.streams.Add(1)
-	defer f.streams.Add(-1)
+	early := &earlyStream{Stream: s}
+	out, err := f.reach(int(n), early, want)
+	if err != nil {
+		f.streams.Add(-1)
+		refuse(s, err)
+		return
+	}
+	line := f.newLine()
+	if err := f.addLine(want.Number, line, func() {
+		defer f.streams.Add(-1)
+		unhook := context.AfterFunc(f.ctx, func() { out.Abort(context.Cause(f.ctx)) })
+		defer unhook()
+		tunnel.Splice(f.pacer.Wrap(line), out)
+	}); err != nil {
+		f.streams.Add(-1)
+		out.Abort(err)
+		refuse(s, err)
+		return
+	}
+	if wire.Write(s, wire.Message{Opened: &wire.Opened{}}) != nil || line.Attach(early, 0) != nil {
+		line.Abort(tunnel.Errorf(tunnel.CloudUnreachable, "the sidecar was lost while the stream was being opened")) // it does not know of this stream
+	}
+}
+
+// reach opens what a stream is for. It is the n-th at the moment.
+func (f *Far) reach(n int, early *earlyStream, want *wire.Stream) (tunnel.Stream, error) {
 	to, err := target(want)
 	if err == nil {
-		err = f.admit(int(n)-1, f.cfg.Limits.Streams, "streams")
+		err = f.admit(n-1, f.cfg.Limits.Streams, "streams")
 	}
 	if err == nil && !f.opens.Allow() {
 		err = tunnel.Errorf(tunnel.LimitExceeded, "the session opens more than %d streams and associations a second; slow down, or have the limit raised", f.cfg.Limits.OpensPerSecond)
 	}
-	var out tunnel.Stream
-	early := &earlyStream{Stream: s}
-	if err == nil {
-		ctx, cancel := context.WithCancel(f.ctx)
-		watched := early.watch(cancel)
-		out, err = f.cfg.Next.OpenStream(ctx, f.cfg.Peer, to)
-		watched()
-		cancel()
-	}
 	if err != nil {
-		if wire.Write(s, wire.RefusedBy(err)) != nil {
-			s.Abort(err)
-			return
-		}
-		s.Close()
-		return
+		return nil, err
 	}
-	if err := wire.Write(s, wire.Message{Opened: &wire.Opened{}}); err != nil {
-		out.Abort(err)
-		s.Abort(err)
-		return
-	}
-	unhook := context.AfterFunc(f.ctx, func() { out.Abort(context.Cause(f.ctx)) })
-	defer unhook()
-	tunnel.Splice(f.pacer.Wrap(early), out)
+	ctx, cancel := context.WithCancel(f.ctx)
+	defer cancel()
+	defer early.watch(cancel)()
+	return f.cfg.Next.OpenStream(ctx, f.cfg.Peer, to)
 }
 
 func target(want *wire.Stream) (tunnel.Target, error) {

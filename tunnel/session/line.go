@@ -2,6 +2,7 @@ package session
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"culvert/tunnel"
@@ -30,15 +31,15 @@ func (a *Attached) newLine(number uint64) *resume.Conn {
 	line = resume.New(resume.Config{Detached: func(error) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		if a.ctx.Err() == nil {
-			a.work.Go(func() { a.reattach(line, number) })
+		if a.ctx.Err() == nil { // within mu, so that Run does not wait too early
+			a.work.Go(func() { a.seek(line, number) })
 		}
 	}})
 	return line
 }
 
-// reattach brings a line to a carrier again.
-func (a *Attached) reattach(line *resume.Conn, number uint64) {
+// seek brings a line to a carrier.
+func (a *Attached) seek(line *resume.Conn, number uint64) {
 	var avoid tunnel.Carrier
 	for {
 		c, err := a.carrier(a.ctx, avoid)
@@ -46,20 +47,120 @@ func (a *Attached) reattach(line *resume.Conn, number uint64) {
 			line.Expire(err)
 			return
 		}
-		under, received, err := a.ask(a.ctx, c, wire.Message{Resume: &wire.Resume{Number: number, Received: line.Received()}})
+		m := wire.Message{Resume: &wire.Resume{Number: number, Received: line.Detach()}}
+		if number == controlNumber {
+			m = wire.Message{Control: &wire.Control{Received: line.Detach()}}
+		}
+		ctx, cancel := context.WithTimeout(a.ctx, lineTime)
+		under, answer, err := a.ask(ctx, c, m)
+		cancel()
+		var no refusal
 		switch {
-		case err == nil:
-			if line.Attach(under, received) == nil {
+		case errors.As(err, &no):
+			line.Expire(no.error)
+			return
+		case err != nil:
+		case answer.Resumed == nil:
+			under.Abort(nil)
+			line.Expire(tunnel.Errorf(tunnel.Internal, "the cloud proxy answered with something else; update the older side"))
+			return
+		default:
+			if line.Attach(under, answer.Resumed.Received) == nil {
 				return
 			}
-		case isRefusal(err):
-			line.Expire(err)
-			return
 		}
 		avoid = c
 		select {
 		case <-time.After(lineRest):
 		case <-a.ctx.Done():
 		}
+	}
+}
+
+// refusal is what the cloud proxy said, and not a failure on the way to it.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error { return r.error }
+
+// ask opens a stream on a carrier, says what it is for and reads the answer.
+// The error is a refusal where the cloud proxy said no.
+func (a *Attached) ask(ctx context.Context, c tunnel.Carrier, m wire.Message) (tunnel.Stream, wire.Message, error) {
+	s, err := c.OpenStream(ctx)
+	if err != nil {
+		return nil, wire.Message{}, err
+	}
+	stop := context.AfterFunc(ctx, func() { s.Abort(context.Cause(ctx)) })
+	err = wire.Write(s, m)
+	var answer wire.Message
+	if err == nil {
+		answer, err = wire.Read(s, a.welcome.Version)
+	}
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	switch {
+	case err != nil:
+		s.Abort(err)
+		return nil, wire.Message{}, err
+	case answer.Refused != nil:
+		s.Close()
+		return nil, wire.Message{}, refusal{answer.Refused.Err()}
+	}
+	return s, answer, nil
+}
+
+// newLine makes a line at the far end, which waits until the near end brings it
+// to a carrier again.
+func (f *Far) newLine() *resume.Conn {
+	return resume.New(resume.Config{Limit: f.cfg.Hold})
+}
+
+// addLine makes a line one of the session's and runs what it is for. It is the
+// session's no longer when serve returns.
+func (f *Far) addLine(number uint64, line *resume.Conn, serve func()) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.ctx.Err() != nil:
+		return context.Cause(f.ctx)
+	case f.lines[number] != nil:
+		return tunnel.Errorf(tunnel.Internal, "stream %d is open already", number)
+	}
+	f.lines[number] = line
+	f.work.Go(func() {
+		serve()
+		f.mu.Lock()
+		delete(f.lines, number)
+		f.mu.Unlock()
+	})
+	return nil
+}
+
+// beginControl makes the control stream, where there is none yet.
+func (f *Far) beginControl() {
+	line := f.newLine()
+	f.addLine(controlNumber, line, func() {
+		unhook := context.AfterFunc(f.ctx, func() { line.Abort(context.Cause(f.ctx)) })
+		defer unhook()
+		err := f.control.run(line, f.cfg.Peered, f.ctx.Done(), f.handle)
+		f.Close(err) // nobody can be told anything any more
+	})
+}
+
+// goOn brings a line of the session to a fresh stream.
+func (f *Far) goOn(s tunnel.Stream, number, received uint64) {
+	f.mu.Lock()
+	line := f.lines[number]
+	f.mu.Unlock()
+	if line == nil {
+		refuse(s, tunnel.Errorf(tunnel.SessionExpired, "the stream has ended at the cloud proxy"))
+		return
+	}
+	if err := wire.Write(s, wire.Message{Resumed: &wire.Resumed{Received: line.Detach()}}); err != nil {
+		s.Abort(err)
+		return
+	}
+	if err := line.Attach(s, received); err != nil {
+		s.Abort(err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"culvert/tunnel"
 	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
+	"culvert/tunnel/resume"
 	"culvert/tunnel/wire"
 )
 
@@ -27,6 +29,7 @@ type Near struct {
 
 	streamNumber atomic.Uint64
 	streams      atomic.Int64
+	opening      atomic.Int64  // streams that are being opened
 	attached     atomic.Uint64 // sessions
 	up, down     counter       // datagrams
 	sUp, sDown   atomic.Uint64
@@ -285,7 +288,7 @@ func (a *Attached) Going() <-chan struct{} { return a.going }
 func (a *Attached) Run() error {
 	unhook := context.AfterFunc(a.ctx, func() { a.line.Abort(context.Cause(a.ctx)) })
 	defer unhook()
-	a.work.Go(func() { a.connect(a.line, controlNumber, wire.Message{Control: &wire.Control{}}) })
+	a.work.Go(func() { a.seek(a.line, controlNumber) })
 	err := a.control.run(a.line, a.welcome.Version, a.ctx.Done(), a.handle)
 	if a.ctx.Err() != nil {
 		err = context.Cause(a.ctx)
@@ -357,43 +360,57 @@ func noSession() error {
 	return tunnel.Errorf(tunnel.CloudUnreachable, "there is no connection to the cloud proxy at the moment; Culvert keeps trying, 'culvert status' says why")
 }
 
-// OpenStream implements tunnel.Opener.
+// openTries bounds the carriers on which one stream is tried.
+const openTries = 3
+
+// OpenStream implements tunnel.Opener. While the session has no carrier it
+// waits for one.
 func (n *Near) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
 	a, err := n.session()
 	if err != nil {
 		return nil, err
 	}
-	s, err := a.openStream(ctx)
+	n.opening.Add(1)
+	defer n.opening.Add(-1)
+	n.want()
+	for try := 1; ; try++ {
+		s, c, err := a.openStream(ctx, to)
+		if err == nil {
+			n.streams.Add(1)
+			return &nearStream{Stream: n.pacer.Wrap(s), near: n}, nil
+		}
+		if c == nil || c.Err() == nil || ctx.Err() != nil || try == openTries {
+			return nil, streamError(ctx, to, err)
+		}
+	}
+}
+
+// openStream opens a stream on one carrier, which it returns too where there
+// was one.
+func (a *Attached) openStream(ctx context.Context, to tunnel.Target) (tunnel.Stream, tunnel.Carrier, error) {
+	c, err := a.carrier(ctx, nil)
 	if err != nil {
-		return nil, streamError(ctx, to, err)
+		return nil, nil, err
 	}
 	host := to.Host
 	if host == "" {
 		host = to.Addr.String()
 	}
-	stop := context.AfterFunc(ctx, func() { s.Abort(context.Cause(ctx)) })
-	err = wire.Write(s, wire.Message{Stream: &wire.Stream{Number: n.streamNumber.Add(1), Host: host, Port: to.Port}})
-	var m wire.Message
-	if err == nil {
-		m, err = wire.Read(s, a.welcome.Version)
+	number := a.near.streamNumber.Add(1)
+	under, m, err := a.ask(ctx, c, wire.Message{Stream: &wire.Stream{Number: number, Host: host, Port: to.Port}})
+	if err != nil {
+		return nil, c, err
 	}
-	if !stop() && err == nil {
-		err = context.Cause(ctx)
+	if m.Opened == nil {
+		err := tunnel.Errorf(tunnel.Internal, "the cloud proxy answered a stream with something else; update the older side")
+		under.Abort(err)
+		return nil, c, err
 	}
-	switch {
-	case err != nil:
-		s.Abort(err)
-		return nil, streamError(ctx, to, err)
-	case m.Refused != nil:
-		s.Close()
-		return nil, m.Refused.Err()
-	case m.Opened == nil:
-		err = tunnel.Errorf(tunnel.Internal, "the cloud proxy answered a stream with something else; update the older side")
-		s.Abort(err)
-		return nil, err
+	line := a.newLine(number)
+	if err := line.Attach(under, 0); err != nil {
+		return nil, c, err
 	}
-	n.streams.Add(1)
-	return &nearStream{Stream: n.pacer.Wrap(s), near: n}, nil
+	return line, c, nil
 }
 
 func streamError(ctx context.Context, to tunnel.Target, err error) error {

@@ -182,6 +182,17 @@ func (p *plane) allWays() [wire.WaysEnd]*way {
 	return p.ways
 }
 
+// transports returns those of a kind.
+func (p *plane) transports(kind wire.Way) []tunnel.Way {
+	p.mu.RLock()
+	y := p.ways[kind]
+	p.mu.RUnlock()
+	if y == nil {
+		return nil
+	}
+	return y.transports()
+}
+
 // say sets how datagrams go, at the near end, which decides.
 func (p *plane) say(first, also wire.Way) {
 	p.mu.Lock()

@@ -1,7 +1,6 @@
 package uplink
 
 import (
-	"context"
 	"fmt"
 	"time"
 
@@ -12,134 +11,286 @@ import (
 
 const (
 	probeEvery = 50 * time.Millisecond // while an answer is awaited
-	probeTries = 10
-	lookEvery  = 250 * time.Millisecond
-	// deaf is how long nothing may come by a way while the peer reports.
-	deaf = 600 * time.Millisecond
-	// Sealed packets that do not arrive are tried again after a while.
-	firstAgain, maxAgain = 2 * time.Second, time.Minute
+	trialTime  = 500 * time.Millisecond
+	calmEvery  = 250 * time.Millisecond // how often a call's ways are looked at
+	idleEvery  = 5 * time.Second        // how often an idle sidecar's are
+
+	// Silence means that nothing authentic came: by doubtful the way is asked
+	// about, by deaf it is left for one by which something comes.
+	doubtful = 300 * time.Millisecond
+	deaf     = 600 * time.Millisecond
+	// bothTime bounds how long small datagrams go by two ways.
+	bothTime = 2 * time.Second
+
+	// A way that was left is tried again after a while, twice as long each time
+	// that it is left soon.
+	sealedAgain, maxSealedAgain = 2 * time.Second, time.Minute
+	udpAgain, maxUDPAgain       = 5 * time.Second, 5 * time.Minute
+	settled                     = 30 * time.Second // used for so long, a way has proved itself
+
 	// gone is the loss from which on a way counts as shut in our direction.
 	gone = 0.9
+	// strained is how long the circuit breaker may be at work before the other
+	// family is tried.
+	strained = 1500 * time.Millisecond
 )
+
+// view is what a chooser decides by.
+type view struct {
+	now     time.Time
+	live    bool // a call may be there
+	flowing bool // reports flow, so that silence means something
+	ways    [wire.WaysEnd]session.WayState
+}
+
+// orders are what a chooser wants done.
+type orders struct {
+	first, also wire.Way
+	short, long [wire.WaysEnd]bool // probes
+	why         string             // of the way; "" unless it changes
+	cause       tunnel.Code        // of the change; "" where the way is the first
+	next        time.Duration      // when to look again, at the latest
+}
+
+// A chooser decides how a session's datagrams go, by payload that arrived. It
+// is pure: it is shown what is known and gives orders.
+//
+//	          short and long probes answered
+//	lanes ───────────────────────────────────► sealed ◄──┐
+//	  ▲ ▲                                        │       │ answered, after 2 s, 4 s … 1 min
+//	  │ │ nothing comes by it for 600 ms, or it  │       │
+//	  │ │ loses all, and something comes by      ▼       │
+//	  │ └────────────────────────────────────── quic-datagram
+//	  └── the same; or UDP is strained for 1.5 s and TCP is not
+//
+// From 300 ms of silence on all ways are asked every 50 ms; from 600 ms on, and
+// for 2 s after a change, what is small goes by both, unless delay rose first.
+type chooser struct {
+	way    wire.Way // in use; NoWay: none yet
+	since  time.Time
+	also   wire.Way
+	both   time.Time // until when also is used
+	doubt  time.Time // since when the way is silent or shut; zero: it is not
+	strain time.Time // since when the breaker is at work on it; zero: it is not
+	trial  trial
+	again  [wire.WaysEnd]again
+}
+
+// trial is of a way that is better than the one in use.
+type trial struct {
+	way   wire.Way // NoWay: none
+	began time.Time
+}
+
+// again says when a way that failed may be tried again.
+type again struct {
+	at   time.Time
+	wait time.Duration
+}
+
+// order is from the best way to the last.
+var order = [...]wire.Way{wire.WaySealed, wire.WayDatagram, wire.WayLanes}
+
+func rank(w wire.Way) int {
+	for i, o := range order {
+		if o == w {
+			return i
+		}
+	}
+	return len(order)
+}
+
+// step looks and decides.
+func (c *chooser) step(v view) orders {
+	var o orders
+	if c.way == wire.NoWay || !v.ways[c.way].Present {
+		c.fallBack(v, &o)
+	}
+	if c.way != wire.NoWay {
+		c.watch(v, &o)
+	}
+	c.try(v, &o)
+	if c.also != wire.NoWay && (!v.now.Before(c.both) || !v.ways[c.also].Present) {
+		c.also = wire.NoWay
+	}
+	o.first, o.also = c.way, c.also
+	switch {
+	case !c.doubt.IsZero() || c.trial.way != wire.NoWay:
+		o.next = probeEvery
+	case v.live:
+		o.next = calmEvery
+	default:
+		o.next = idleEvery
+	}
+	return o
+}
+
+// fallBack uses what is there.
+func (c *chooser) fallBack(v view, o *orders) {
+	was := c.way
+	c.way, c.doubt, c.strain = wire.NoWay, time.Time{}, time.Time{}
+	for _, w := range [...]wire.Way{wire.WayDatagram, wire.WayLanes, wire.WaySealed} { // sealed packets have to be seen to arrive
+		if v.ways[w].Present {
+			c.use(v, o, w, wayAtHand[w], "")
+			if was != wire.NoWay {
+				o.cause = tunnel.PathLost
+			}
+			return
+		}
+	}
+}
 
 // wayAtHand says why a way is used before anything has been probed.
 var wayAtHand = [wire.WaysEnd]string{
-	wire.WayDatagram: "it is there from the beginning; sealed packets are being tried",
+	wire.WayDatagram: "it is at hand; sealed packets are being tried",
+	wire.WaySealed:   "it is at hand",
 	wire.WayLanes:    "UDP does not pass, or is not allowed to be used",
 }
 
-// noSealed is why where there is nothing to try.
-const noSealed = "the cloud proxy or this system offers no sealed packets"
+func (c *chooser) use(v view, o *orders, w wire.Way, why string, cause tunnel.Code) {
+	c.way, c.since, c.doubt, c.strain, c.trial = w, v.now, time.Time{}, time.Time{}, trial{}
+	o.why, o.cause = why, cause
+}
 
-// chooseWay decides how the datagrams of a session on a QUIC carrier go, by
-// payload that arrived:
-//
-//	probing ──a short and a long sealed packet answered──► sealed
-//	   │ 10 probes unanswered                                │ nothing comes by it for 600 ms, or all
-//	   ▼                                                     ▼ of ours is lost, and DATAGRAM answers
-//	datagram ◄───────────────────────────────────────────────┘
-//	   └── after 2 s, 4 s … 1 min: probing again, while datagrams go on as they went
-//
-// It returns when ctx has ended.
-func (u *Uplink) chooseWay(ctx context.Context, at *session.Attached, change func(func(*tunnel.LinkState))) {
-	tell := func(w wire.Way, why string) {
-		u.log.Info("datagrams", "way", w, "why", why)
-		change(func(s *tunnel.LinkState) { s.Way, s.WayWhy = w.String(), why })
+// leave goes over to another way and remembers when the old may be tried again.
+func (c *chooser) leave(v view, o *orders, to wire.Way, why string, cause tunnel.Code, both bool) {
+	from := c.way
+	a := &c.again[from]
+	first, most := udpAgain, maxUDPAgain
+	if to == wire.WayDatagram {
+		first, most = sealedAgain, maxSealedAgain
 	}
-	if !at.Way(wire.WaySealed).Present {
+	if v.now.Sub(c.since) > settled || a.wait == 0 {
+		a.wait = first
+	} else {
+		a.wait = min(2*a.wait, most)
+	}
+	a.at = v.now.Add(a.wait)
+	if from == wire.WaySealed && to == wire.WayLanes { // what has shut UDP has shut both
+		c.again[wire.WayDatagram] = *a
+	}
+	c.use(v, o, to, why, cause)
+	if both {
+		c.also, c.both = from, v.now.Add(bothTime)
+	}
+}
+
+// watch looks after the way in use.
+func (c *chooser) watch(v view, o *orders) {
+	s := v.ways[c.way]
+	fresh := v.now.Sub(s.Reported) < deaf
+	quiet := v.now.Sub(later(s.Heard, c.since))
+	silent := v.flowing && quiet > doubtful
+	shut := s.Lost > gone && fresh
+	if !silent && !shut {
+		c.doubt = time.Time{}
+		c.strained(v, o)
 		return
 	}
-	at.Use(wire.WayDatagram, wire.NoWay)
-	again := firstAgain
-	for ctx.Err() == nil {
-		began := time.Now()
-		if !probe(ctx, at) {
-			if again == firstAgain && ctx.Err() == nil {
-				tell(wire.WayDatagram, fmt.Sprintf("%d sealed packets in %v were not answered, QUIC DATAGRAM passes", probeTries, time.Since(began).Round(time.Millisecond)))
-			}
-			wait(ctx, again)
-			again = min(2*again, maxAgain)
+	if c.doubt.IsZero() {
+		c.doubt = v.now
+	}
+	o.short[c.way] = true
+	for _, w := range order {
+		if w != c.way && v.ways[w].Present {
+			o.short[w] = true
+		}
+	}
+	if !shut && quiet < deaf {
+		return
+	}
+	for _, w := range order {
+		if w == c.way || !v.ways[w].Present || !v.ways[w].Small.After(c.doubt) {
 			continue
 		}
-		at.Use(wire.WaySealed, wire.NoWay)
-		tell(wire.WaySealed, fmt.Sprintf("sealed packets, short and long, were answered in %v", time.Since(began).Round(time.Millisecond)))
-		why := listen(ctx, at)
-		if ctx.Err() != nil {
-			return
+		why := fmt.Sprintf("nothing came by %v for %v, %v passes", c.way, quiet.Round(time.Millisecond), w)
+		cause := tunnel.PathSilent
+		if shut && !silent {
+			why = fmt.Sprintf("%.0f %% of what we sent by %v was lost, %v passes", 100*s.Lost, c.way, w)
 		}
-		at.Use(wire.WayDatagram, wire.NoWay)
-		tell(wire.WayDatagram, why)
-		wait(ctx, again)
-		again = min(2*again, maxAgain)
+		if rank(w) > rank(c.way) && w == wire.WayLanes {
+			cause = tunnel.UDPBlocked
+		}
+		c.leave(v, o, w, why, cause, true)
+		return
 	}
-}
-
-func wait(ctx context.Context, d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
-}
-
-// probe reports whether sealed packets arrive and come back, short and long. The
-// way makes itself smaller where only long ones vanish.
-func probe(ctx context.Context, at *session.Attached) bool {
-	began := time.Now()
-	tick := time.NewTicker(probeEvery)
-	defer tick.Stop()
-	for range probeTries {
-		s := at.Way(wire.WaySealed)
-		if !s.Small.After(began) {
-			at.Probe(wire.WaySealed, false)
-		}
-		if !s.Large.After(began) {
-			at.Probe(wire.WaySealed, true)
-		}
-		for waiting := true; waiting; {
-			select {
-			case <-at.News():
-				if s := at.Way(wire.WaySealed); s.Small.After(began) && s.Large.After(began) {
-					return true
-				}
-			case <-tick.C:
-				waiting = false
-			case <-ctx.Done():
-				return false
+	if c.also == wire.NoWay {
+		for _, w := range order {
+			if w != c.way && v.ways[w].Present {
+				c.also, c.both = w, v.now.Add(bothTime)
+				return
 			}
 		}
 	}
-	return at.Way(wire.WaySealed).Small.After(began)
 }
 
-// listen returns why sealed packets are no longer the way, or when ctx has ended.
-func listen(ctx context.Context, at *session.Attached) (why string) {
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
-	var since time.Time // when the way began to look shut
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return ""
-		}
-		now := time.Now()
-		s := at.Way(wire.WaySealed)
-		silent := at.Reporting() && now.Sub(s.Heard) > deaf
-		shut := s.Lost > gone && now.Sub(s.Reported) < deaf
-		if !silent && !shut {
-			since = time.Time{}
-			continue
-		}
-		if since.IsZero() {
-			since = now
-		}
-		if at.Way(wire.WayDatagram).Small.After(since) {
-			if silent {
-				return fmt.Sprintf("nothing came by sealed packets for %v, QUIC DATAGRAM passes", now.Sub(s.Heard).Round(time.Millisecond))
-			}
-			return fmt.Sprintf("%.0f %% of our sealed packets were lost, QUIC DATAGRAM passes", 100*s.Lost)
-		}
-		at.Probe(wire.WaySealed, false)
-		at.Probe(wire.WayDatagram, false)
+// strained looks whether UDP is throttled where TCP may not be.
+func (c *chooser) strained(v view, o *orders) {
+	s := v.ways[c.way]
+	if c.way == wire.WayLanes || !s.Bad || !v.ways[wire.WayLanes].Present || v.now.Before(c.again[wire.WayLanes].at) {
+		c.strain = time.Time{}
+		return
 	}
+	if c.strain.IsZero() {
+		c.strain = v.now
+	}
+	if v.now.Sub(c.strain) >= strained {
+		c.leave(v, o, wire.WayLanes, fmt.Sprintf("%v carries less than the call sends; TCP is tried", c.way), tunnel.PathStrained, false)
+	}
+}
+
+// try tries ways that are better than the one in use.
+func (c *chooser) try(v view, o *orders) {
+	if t := c.trial.way; t != wire.NoWay && (!v.ways[t].Present || rank(t) >= rank(c.way)) {
+		c.trial = trial{}
+	}
+	if c.trial.way == wire.NoWay {
+		for _, w := range order[:min(rank(c.way), len(order))] {
+			if v.ways[w].Present && !v.now.Before(c.again[w].at) {
+				c.trial = trial{w, v.now}
+				break
+			}
+		}
+	}
+	t := c.trial.way
+	if t == wire.NoWay {
+		return
+	}
+	s := v.ways[t]
+	small, large := s.Small.After(c.trial.began), s.Large.After(c.trial.began)
+	took := v.now.Sub(c.trial.began)
+	switch {
+	case small && large:
+		cause := tunnel.Code("")
+		if c.way == wire.WayLanes {
+			cause = tunnel.UDPReturned
+		}
+		from := c.way
+		c.use(v, o, t, fmt.Sprintf("packets, short and long, were answered by %v in %v", t, took.Round(time.Millisecond)), cause)
+		if from == wire.WayLanes {
+			c.also, c.both = from, v.now.Add(bothTime)
+		}
+	case took >= trialTime:
+		a := &c.again[t]
+		first, most := udpAgain, maxUDPAgain
+		if c.way == wire.WayDatagram {
+			first, most = sealedAgain, maxSealedAgain
+		}
+		a.wait = min(max(2*a.wait, first), most)
+		a.at = v.now.Add(a.wait)
+		if c.way == wire.WayDatagram && a.wait == first {
+			o.why = fmt.Sprintf("sealed packets were not answered within %v, QUIC DATAGRAM passes", trialTime)
+		}
+		c.trial = trial{}
+	default:
+		o.short[t] = o.short[t] || !small
+		o.long[t] = !large
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }

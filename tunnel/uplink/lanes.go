@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
-	"culvert/tunnel/session"
+	"culvert/tunnel/wire"
 )
 
 const (
@@ -22,16 +22,15 @@ const (
 	maxLaneRest = 5 * time.Second
 )
 
-// keepLanes keeps lanes joined to a session whose carrier has no datagrams: one,
-// and as many as serve a call best while a channel is live or an association
-// is open. It returns an error when no lane can be had, nil when ctx has ended;
-// its lanes are closed then.
-func (u *Uplink) keepLanes(ctx context.Context, c *connection, at *session.Attached) error {
+// keepLanes keeps lanes joined beside a carrier that has no datagrams: one, and
+// as many as serve a call best while datagrams go by lanes or may soon. It
+// gives the path up when no lane can be had, and returns when ctx has ended.
+func (p *path) keepLanes(ctx context.Context, c tunnel.Carrier) {
+	at, log := p.run.at, p.run.u.log
 	type dialled struct {
 		lane tunnel.Lane
 		err  error
 	}
-	want := min(max(u.cfg.Lanes, c.welcome.Lanes), maxLanes)
 	live := map[tunnel.Lane]bool{}
 	ended := make(chan tunnel.Lane)
 	results := make(chan dialled)
@@ -63,39 +62,40 @@ func (u *Uplink) keepLanes(ctx context.Context, c *connection, at *session.Attac
 			}
 		}
 	}()
-	add(c.lane)
 	rest := time.Duration(0) // after a failure
-	var none time.Time       // since when there is no lane
+	none := time.Now()       // since when there is no lane
 	var failure error
 	soon := time.NewTimer(0)
 	defer soon.Stop()
 	for {
-		need := 1
-		if u.Busy() {
-			need = want
-		}
+		need := int(p.lanes.Load())
 		if len(live)+dialling < need {
 			soon.Reset(rest)
 		}
 		select {
 		case <-ctx.Done():
-			return nil
-		case <-c.carrier.Done():
-			return c.carrier.Err()
-		case <-u.Wanted():
+			return
+		case <-c.Done():
+			return
+		case <-p.lanesWake:
 		case <-soon.C:
 			if len(live)+dialling >= need {
 				continue
 			}
 			if len(live) == 0 && time.Since(none) > laneTime {
-				return failure
+				p.drop(failure)
+				return
 			}
 			dialling++
 			go func() {
-				limit := laneDial + 4*c.carrier.Stats().RTT
+				limit := laneDial + 4*c.Stats().RTT
 				ctx, cancel := context.WithTimeoutCause(inner, limit, tunnel.Errorf(tunnel.CloudUnreachable, "a lane to the cloud proxy took longer than %v", limit.Round(time.Millisecond)))
 				defer cancel()
-				l, err := c.dialLane(ctx)
+				g, err := p.run.join(ctx, p.dial, wire.AsLane)
+				var l tunnel.Lane
+				if err == nil {
+					l, err = g.cand.Lane()
+				}
 				results <- dialled{l, err}
 			}()
 			if len(live) == 0 {
@@ -106,22 +106,25 @@ func (u *Uplink) keepLanes(ctx context.Context, c *connection, at *session.Attac
 			if r.err == nil {
 				rest, none = 0, time.Time{}
 				add(r.lane)
+				p.run.tell()
 				continue
 			}
 			failure = r.err
 			if tunnel.CodeOf(r.err) == tunnel.SessionUnknown {
-				return r.err
+				p.run.end(r.err)
+				return
 			}
 			if len(live) > 0 || rest < laneStagger {
 				rest = min(max(2*rest, firstBackoff), maxLaneRest)
-				u.log.Info("a lane for datagrams could not be opened", "code", tunnel.CodeOf(r.err), "why", tunnel.Sentence(r.err), "again_in", rest)
+				log.Info("a lane for datagrams could not be opened", "code", tunnel.CodeOf(r.err), "why", tunnel.Sentence(r.err), "again_in", rest)
 			}
 		case l := <-ended:
 			delete(live, l)
 			at.RemoveLane(l)
 			l.Close(nil)
 			rest = 0
-			u.log.Info("a lane for datagrams was lost", "why", l.Err(), "left", len(live))
+			log.Info("a lane for datagrams was lost", "why", l.Err(), "left", len(live))
+			p.run.tell()
 			if len(live) == 0 && none.IsZero() {
 				none, failure = time.Now(), wrapLost(l.Err())
 			}

@@ -50,12 +50,12 @@ const (
 //	            │ failed: backoff                       │
 //	            └── can not be mended, or lost for 20 min ──► return the cause
 //
-//	connect: for each cloud proxy: race ──► Open ──► (no datagrams? lane) ──► attach
+//	connect: for each cloud proxy: race ──► Open
 //	race:    QUIC ─────────────► first handshake wins; the other is dropped
 //	         150 ms ──► TLS ───►
-//	serve:   where QUIC won, TLS joins beside it for new streams (streams.go), and
-//	         probes choose between sealed packets and QUIC DATAGRAM (choose.go);
-//	         where TLS won, lanes are kept for datagrams (lanes.go)
+//	serve:   each path (QUIC; TLS with its lanes) is joined while it is needed
+//	         (path.go, lanes.go), and datagrams go by the way that the chooser
+//	         names (choose.go)
 type Uplink struct {
 	*session.Near
 	cfg Config
@@ -90,23 +90,6 @@ func New(cfg Config) (*Uplink, error) {
 	return &Uplink{Near: session.NewNear(cfg.Age), cfg: cfg, log: cfg.Log}, nil
 }
 
-// connection is a session that has been opened, with what serves it.
-type connection struct {
-	carrier tunnel.Carrier
-	lane    tunnel.Lane // the first; nil: the carrier has datagrams of its own
-	lanes   tunnel.Dialer
-	welcome wire.Welcome
-	address string // where lanes go
-	state   tunnel.LinkState
-}
-
-func (c *connection) close(why error) {
-	if c.lane != nil {
-		c.lane.Close(why)
-	}
-	c.carrier.Close(why)
-}
-
 // Run implements tunnel.Link.
 func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.LinkState)) error {
 	var err error
@@ -128,13 +111,12 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 	var lost time.Time // when the last session ended
 	everUp, wait := false, firstBackoff
 	for {
-		var c *connection
+		var g *granted
 		trying := time.Now()
-		if c, err = u.connect(ctx, mode); err == nil {
-			c.state.Took = time.Since(trying)
+		if g, err = u.connect(ctx, mode); err == nil {
 			everUp = true
 			up := time.Now()
-			err = u.serve(ctx, c, mode, say)
+			err = u.serve(ctx, g, mode, up.Sub(trying), say)
 			lost = time.Now()
 			if lost.Sub(up) > maxBackoff { // else it may come and go as fast as it can
 				wait = firstBackoff
@@ -198,7 +180,7 @@ func final(err error, everUp bool) bool {
 }
 
 // connect opens a session with the first cloud proxy that grants one.
-func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode) (*connection, error) {
+func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode) (*granted, error) {
 	var first error // one that is not final before one that is
 	for _, address := range u.cfg.Proxies {
 		c, err := u.open(ctx, mode, address, maxRedirects)
@@ -216,7 +198,7 @@ func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode) (*connection, er
 }
 
 // open opens a session with one cloud proxy.
-func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, redirects int) (*connection, error) {
+func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, redirects int) (*granted, error) {
 	hello, err := u.cfg.Open()
 	if err != nil {
 		return nil, err
@@ -251,17 +233,17 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		cand.Close()
 		return nil, err
 	}
-	return u.adopt(ctx, cand, *m.Welcome, address, why)
+	return &granted{cand, *m.Welcome, address, why}, nil
 }
 
 // follow opens a session where a cloud proxy has sent us.
-func (u *Uplink) follow(ctx context.Context, mode tunnel.Mode, from string, to []string, redirects int) (*connection, error) {
+func (u *Uplink) follow(ctx context.Context, mode tunnel.Mode, from string, to []string, redirects int) (*granted, error) {
 	if redirects == 0 || len(to) == 0 {
 		return nil, tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy at %s sends on to nowhere, or the %d cloud proxies asked send in a circle; tell its operator", from, maxRedirects+1)
 	}
 	var err error
 	for _, next := range to[:min(len(to), maxRedirects)] {
-		var c *connection
+		var c *granted
 		if c, err = u.open(ctx, mode, next, redirects-1); err == nil || ctx.Err() != nil {
 			return c, err
 		}
@@ -286,135 +268,6 @@ func exchange(ctx context.Context, cand tunnel.Candidate, m wire.Message) (wire.
 		err = cand.SetDeadline(time.Time{})
 	}
 	return m, err
-}
-
-// adopt makes a welcomed candidate the session's carrier, with a lane where it
-// has no datagrams.
-func (u *Uplink) adopt(ctx context.Context, cand tunnel.Candidate, w wire.Welcome, address, why string) (*connection, error) {
-	carrier, err := cand.Carrier()
-	if err != nil {
-		cand.Close()
-		return nil, err
-	}
-	c := &connection{carrier: carrier, welcome: w, address: w.Address}
-	if c.address == "" {
-		c.address = address
-	}
-	way, wayWhy := wire.WayDatagram, wayAtHand[wire.WayDatagram]
-	if w.Sealed == nil || carrier.Flow() == nil {
-		wayWhy = noSealed
-	}
-	if carrier.Datagrams() == nil {
-		way, wayWhy, c.lanes = wire.WayLanes, wayAtHand[wire.WayLanes], u.cfg.TLS
-		if c.lane, err = c.dialLane(ctx); err != nil {
-			carrier.Close(err)
-			return nil, err
-		}
-	}
-	c.state = tunnel.LinkState{
-		Phase: tunnel.LinkUp, Carrier: cand.Kind(), Way: way.String(), WayWhy: wayWhy, Streams: cand.Kind(), Why: why, Session: w.Session,
-		Remote: cand.RemoteAddr(), Info: tunnel.ProxyInfo{Proxies: w.Proxies},
-	}
-	return c, nil
-}
-
-// dialLane joins one more connection to the session, for datagrams.
-func (c *connection) dialLane(ctx context.Context) (tunnel.Lane, error) {
-	cand, err := c.join(ctx, c.lanes, wire.AsLane)
-	if err != nil {
-		return nil, err
-	}
-	return cand.Lane()
-}
-
-// join joins one more connection to the session.
-func (c *connection) join(ctx context.Context, by tunnel.Dialer, as string) (tunnel.Candidate, error) {
-	cand, err := by.Dial(ctx, c.address)
-	if err != nil {
-		return nil, err
-	}
-	m, err := exchange(ctx, cand, wire.Message{Join: &wire.Join{Version: wire.Current, Session: c.welcome.Session, As: as}})
-	switch {
-	case err != nil:
-	case m.Refused != nil:
-		err = m.Refused.Err()
-	case m.Welcome == nil || m.Welcome.Session != c.welcome.Session:
-		err = tunnel.Errorf(tunnel.Internal, "%s answered a join with something else", c.address)
-	}
-	if err != nil {
-		cand.Close()
-		return nil, err
-	}
-	return cand, nil
-}
-
-// serve carries the session until its carrier is lost or ctx ends, and closes
-// everything. It returns why the carrier was lost.
-func (u *Uplink) serve(ctx context.Context, c *connection, mode tunnel.Mode, report func(tunnel.LinkState)) error {
-	stopped := errors.New("the sidecar has stopped")
-	at, err := u.Attach(ctx, c.carrier, c.welcome)
-	if err != nil {
-		c.close(err)
-		return err
-	}
-	report(c.state)
-	u.log.Info("connected to the cloud proxy", "carrier", c.state.Carrier, "way", c.state.Way, "why", c.state.Why,
-		"remote", c.state.Remote, "session", c.state.Session, "took", c.state.Took.Round(time.Millisecond))
-	over := make(chan error, 1)
-	go func() { over <- at.Run() }()
-	beside, leave := context.WithCancel(ctx)
-	changed := make(chan func(*tunnel.LinkState))
-	change := func(f func(*tunnel.LinkState)) {
-		select {
-		case changed <- f:
-		case <-beside.Done():
-		}
-	}
-	noLanes := make(chan error, 1)
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer leave()
-	if c.lanes != nil {
-		wg.Go(func() { noLanes <- u.keepLanes(beside, c, at) })
-	} else {
-		wg.Go(func() { u.chooseWay(beside, at, change) })
-		if mode == tunnel.ModeAuto && u.cfg.TLS != nil {
-			wg.Go(func() { u.carryStreams(beside, c, at, change) })
-		}
-	}
-	lose := func(err error) error {
-		err = wrapLost(err)
-		report(connecting(err)) // before closing, which may take a second
-		c.carrier.Close(err)
-		return err
-	}
-	going := at.Going()
-	for {
-		select {
-		case <-ctx.Done():
-			c.carrier.Close(stopped)
-			<-over
-			return nil
-		case err := <-over:
-			if err == nil {
-				err = tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy ended the connection")
-			}
-			return lose(err)
-		case err := <-noLanes:
-			if ctx.Err() != nil {
-				continue
-			}
-			err = lose(err)
-			<-over
-			return err
-		case f := <-changed:
-			f(&c.state)
-			report(c.state)
-		case <-going:
-			going = nil
-			u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
-		}
-	}
 }
 
 func wrapLost(err error) error {

@@ -1,0 +1,231 @@
+package uplink
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/wire"
+)
+
+const (
+	// joinTime bounds one attempt to join: where a link comes back, a fresh
+	// attempt is quicker than a first packet that waits to be repeated.
+	joinTime = time.Second
+	// joinStagger is what lies between attempts while nothing serves the session.
+	joinStagger = 200 * time.Millisecond
+	maxJoinRest = time.Minute
+)
+
+// A path is one of the two families by which a session is reached: QUIC on UDP,
+// or TLS on TCP with lanes for datagrams. It keeps a carrier joined while that
+// is wanted:
+//
+//	idle ──wanted──► joining ──welcomed──► joined ──lost, or left for dead──► joining
+//	  ▲                 │ failed: rest 200 ms … 1 min     │
+//	  └──not wanted─────┴─────────────────────────────────┘
+type path struct {
+	run  *run
+	kind string // "quic", "tls"
+	dial tunnel.Dialer
+	wake chan struct{} // capacity 1: something below has changed
+
+	lanes     atomic.Int32  // how many are wanted, where datagrams need them
+	lanesWake chan struct{} // capacity 1: lanes has changed
+
+	mu      sync.Mutex // guards the fields below
+	wanted  bool
+	carrier tunnel.Carrier // nil: not joined
+	since   time.Time      // when it was joined, or lost
+	failed  error          // of the last attempt; nil: it succeeded
+	fails   int            // in a row
+	leave   error          // why the carrier has to go; nil: it may stay
+}
+
+// want says whether the path is to be joined.
+func (p *path) want(wanted bool) {
+	p.mu.Lock()
+	changed := p.wanted != wanted
+	p.wanted = wanted
+	p.mu.Unlock()
+	if changed {
+		p.poke()
+	}
+}
+
+// wantLanes says how many lanes there should be.
+func (p *path) wantLanes(n int) {
+	if p.lanes.Swap(int32(n)) != int32(n) {
+		select {
+		case p.lanesWake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// drop gives the carrier up; where the path is wanted it joins again.
+func (p *path) drop(why error) {
+	p.mu.Lock()
+	p.leave = why
+	p.fails = 0
+	p.mu.Unlock()
+	p.poke()
+}
+
+func (p *path) poke() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// joined returns the carrier, nil where there is none.
+func (p *path) joined() tunnel.Carrier {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.carrier
+}
+
+// keep runs the path until ctx ends. granted is a connection that has been
+// welcomed already; nil: none.
+func (p *path) keep(ctx context.Context, granted *granted) {
+	for ctx.Err() == nil {
+		if granted == nil {
+			var rest time.Duration
+			if granted, rest = p.join(ctx); granted == nil {
+				p.rest(ctx, rest)
+				continue
+			}
+		}
+		p.serve(ctx, granted)
+		granted = nil
+	}
+	if granted != nil {
+		granted.cand.Close()
+	}
+}
+
+// rest waits until there is something to do, for rest at most; 0: for ever.
+func (p *path) rest(ctx context.Context, rest time.Duration) {
+	var over <-chan time.Time
+	if rest > 0 {
+		over = time.After(rest)
+	}
+	select {
+	case <-p.wake:
+	case <-over:
+	case <-ctx.Done():
+	}
+}
+
+// join tries once, where the path is wanted. Where it returns nothing it says
+// how long to rest; 0: until something changes.
+func (p *path) join(ctx context.Context) (*granted, time.Duration) {
+	p.mu.Lock()
+	wanted, fails := p.wanted, p.fails
+	p.mu.Unlock()
+	if !wanted {
+		return nil, 0
+	}
+	limit := joinTime
+	if fails > 5 { // the path may just be long
+		limit = openTime
+	}
+	dialling, cancel := context.WithTimeoutCause(ctx, limit, tunnel.Errorf(tunnel.CloudUnreachable, "joining over %s took longer than %v", p.kind, limit))
+	g, err := p.run.join(dialling, p.dial, wire.AsCarrier)
+	cancel()
+	if ctx.Err() != nil {
+		if g != nil {
+			g.cand.Close()
+		}
+		return nil, 0
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.failed = err
+	if err == nil {
+		p.fails = 0
+		return g, 0
+	}
+	p.fails++
+	if tunnel.CodeOf(err) == tunnel.SessionUnknown {
+		p.run.end(err)
+	}
+	p.run.tell()
+	return nil, p.restLocked()
+}
+
+// restLocked is how long to rest after failures. p.mu is held.
+func (p *path) restLocked() time.Duration {
+	rest, most := time.Second, maxJoinRest
+	switch other := p.run.other(p); {
+	case other == nil || other.joined() == nil:
+		rest, most = joinStagger, time.Second // a call may be waiting; the session does not for long
+	case p.kind == "quic": // it may never work here
+		rest, most = udpAgain, maxUDPAgain
+	}
+	for range p.fails - 1 {
+		rest = min(2*rest, most)
+	}
+	return p.run.u.cfg.jitter(rest)
+}
+
+// serve lets a connection serve the session until it is lost or not wanted.
+func (p *path) serve(ctx context.Context, g *granted) {
+	c, err := g.cand.Carrier()
+	if err != nil {
+		g.cand.Close()
+		return
+	}
+	if err = p.run.at.AddCarrier(c, g.welcome.Sealed); err != nil {
+		c.Close(err)
+		return
+	}
+	p.mu.Lock()
+	p.carrier, p.since, p.leave, p.failed = c, time.Now(), nil, nil
+	p.mu.Unlock()
+	p.run.tell()
+
+	beside, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	if c.Datagrams() == nil {
+		wg.Go(func() { p.keepLanes(beside, c) })
+	}
+	err = p.watch(ctx, c)
+	stop()
+	p.mu.Lock()
+	p.carrier, p.since, p.failed = nil, time.Now(), err
+	p.mu.Unlock()
+	p.run.at.RemoveCarrier(c)
+	p.run.tell() // before closing, which may take a second
+	c.Close(err)
+	wg.Wait()
+}
+
+// errNotWanted is why a carrier ends that is no longer needed.
+var errNotWanted = errors.New("the sidecar needs it no longer")
+
+// watch returns why a carrier has to go.
+func (p *path) watch(ctx context.Context, c tunnel.Carrier) error {
+	for {
+		p.mu.Lock()
+		wanted, leave := p.wanted, p.leave
+		p.mu.Unlock()
+		switch {
+		case leave != nil:
+			return leave
+		case !wanted:
+			return errNotWanted
+		}
+		select {
+		case <-c.Done():
+			return wrapLost(c.Err())
+		case <-p.wake:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}

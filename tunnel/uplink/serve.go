@@ -1,0 +1,285 @@
+package uplink
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/media"
+	"culvert/tunnel/session"
+	"culvert/tunnel/wire"
+)
+
+const (
+	// companionRest is how long TLS stays joined beside QUIC after the last
+	// stream or association.
+	companionRest = 30 * time.Second
+	// lonely is how long a session may be without any carrier before another
+	// cloud proxy is asked, where there is one.
+	lonely = 5 * time.Second
+)
+
+// granted is a connection that has been welcomed to a session.
+type granted struct {
+	cand    tunnel.Candidate
+	welcome wire.Welcome
+	address string // of the cloud proxy that was asked
+	why     string // why this kind of connection
+}
+
+// A run is one session, from its Welcome to its end: it keeps the paths that
+// are needed joined, and does what the chooser says.
+type run struct {
+	u       *Uplink
+	at      *session.Attached
+	welcome wire.Welcome
+	address string // where joins go
+	mode    tunnel.Mode
+	udp     *path // nil: not allowed, or there is none
+	tcp     *path
+	news    chan struct{} // capacity 1: something has changed
+	over    chan error    // capacity 1: the session has ended
+
+	choose   chooser
+	state    tunnel.LinkState
+	busyTill time.Time // TLS stays joined until then
+	lost     time.Time // since when no path serves the session; zero: one does
+}
+
+func (r *run) tell() {
+	select {
+	case r.news <- struct{}{}:
+	default:
+	}
+}
+
+// end says that the session has ended.
+func (r *run) end(why error) {
+	select {
+	case r.over <- why:
+	default:
+	}
+}
+
+// paths returns those that there are.
+func (r *run) paths() []*path {
+	var all []*path
+	for _, p := range []*path{r.udp, r.tcp} {
+		if p != nil {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// other returns the path that p is not; nil: there is none.
+func (r *run) other(p *path) *path {
+	if p == r.udp {
+		return r.tcp
+	}
+	return r.udp
+}
+
+// serve carries a session until it ends or ctx does (it then returns nil), and
+// leaves nothing open. It returns why the session ended.
+func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took time.Duration, report func(tunnel.LinkState)) error {
+	r := &run{
+		u: u, at: u.Attach(g.welcome), welcome: g.welcome, address: g.welcome.Address, mode: mode,
+		news: make(chan struct{}, 1), over: make(chan error, 1),
+	}
+	if r.address == "" {
+		r.address = g.address
+	}
+	r.state = tunnel.LinkState{
+		Carrier: g.cand.Kind(), Streams: g.cand.Kind(), Why: g.why, Session: g.welcome.Session, Remote: g.cand.RemoteAddr(),
+		Info: tunnel.ProxyInfo{Proxies: g.welcome.Proxies}, Took: took,
+	}
+	if mode != tunnel.ModeTCP && u.cfg.QUIC != nil {
+		r.udp = &path{run: r, kind: "quic", dial: u.cfg.QUIC, wake: make(chan struct{}, 1), wanted: true}
+	}
+	if mode != tunnel.ModeUDP && u.cfg.TLS != nil {
+		r.tcp = &path{run: r, kind: "tls", dial: u.cfg.TLS, wake: make(chan struct{}, 1), lanesWake: make(chan struct{}, 1), wanted: r.udp == nil}
+	}
+	inner, cancel := context.WithCancelCause(ctx)
+	var wg sync.WaitGroup
+	for _, p := range r.paths() {
+		first := g
+		if p.kind != g.cand.Kind() {
+			first = nil
+		} else {
+			p.wanted = true
+		}
+		wg.Go(func() { p.keep(inner, first) })
+	}
+	wg.Go(func() { r.end(r.at.Run()) })
+	err := r.loop(ctx, report)
+	why := err
+	if why == nil {
+		why = errStopped
+	} else {
+		report(connecting(err)) // before closing, which may take a second
+	}
+	r.at.End(why)
+	cancel(why)
+	wg.Wait()
+	return err
+}
+
+var errStopped = errors.New("the sidecar has stopped")
+
+// loop looks and decides until the session or ctx ends.
+func (r *run) loop(ctx context.Context, report func(tunnel.LinkState)) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	going := r.at.Going()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-r.over:
+			return wrapLost(err)
+		case <-going:
+			going = nil
+			r.u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
+		case <-r.news:
+		case <-r.at.News():
+		case <-r.u.Wanted():
+		case <-timer.C:
+		}
+		now := time.Now()
+		next := r.step(now, report)
+		switch lost := r.alone(); {
+		case lost == nil:
+			r.lost = time.Time{}
+		case r.lost.IsZero():
+			r.lost = now
+		case now.Sub(r.lost) > session.DefaultHold, len(r.u.cfg.Proxies) > 1 && now.Sub(r.lost) > lonely:
+			return wrapLost(lost)
+		}
+		timer.Reset(next)
+	}
+}
+
+// alone returns why no path serves the session; nil: one does, or none has
+// failed yet.
+func (r *run) alone() error {
+	var errs []error
+	for _, p := range r.paths() {
+		p.mu.Lock()
+		carrier, failed := p.carrier, p.failed
+		p.mu.Unlock()
+		if carrier != nil {
+			return nil
+		}
+		errs = append(errs, failed)
+	}
+	return errors.Join(errs...)
+}
+
+// step has the chooser look, does what it orders, and returns when to look again.
+func (r *run) step(now time.Time, report func(tunnel.LinkState)) time.Duration {
+	v := view{now: now, live: r.u.Busy(), flowing: r.at.Reporting()}
+	for w := range v.ways {
+		v.ways[w] = r.at.Way(wire.Way(w))
+	}
+	was := r.choose.way
+	firstBefore, alsoBefore := r.choose.way, r.choose.also
+	o := r.choose.step(v)
+	if o.first != firstBefore || o.also != alsoBefore {
+		r.at.Use(o.first, o.also)
+	}
+	for w := range v.ways {
+		if o.short[w] {
+			r.at.Probe(wire.Way(w), false)
+		}
+		if o.long[w] {
+			r.at.Probe(wire.Way(w), true)
+		}
+	}
+	r.needs(now, v)
+	state := r.describe(o)
+	if o.why != "" && o.first != wire.NoWay {
+		r.u.log.Info("datagrams", "way", o.first, "why", o.why, "cause", o.cause, "before", was)
+	}
+	if state != nil {
+		report(*state)
+	}
+	return o.next
+}
+
+// needs says which paths are to be joined, and how many lanes.
+func (r *run) needs(now time.Time, v view) {
+	if r.u.Wants() || v.live {
+		r.busyTill = now.Add(companionRest)
+	}
+	if r.tcp == nil {
+		return
+	}
+	udp := r.udp != nil && r.udp.joined() != nil
+	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes)
+	lanes := 1
+	if v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || !r.choose.strain.IsZero()) {
+		lanes = min(max(r.u.cfg.Lanes, r.welcome.Lanes), maxLanes)
+	}
+	r.tcp.wantLanes(lanes)
+	r.at.Prefer(r.tcp.joined())
+}
+
+// describe returns the link's state where it has changed.
+func (r *run) describe(o orders) *tunnel.LinkState {
+	s := r.state
+	if o.first == wire.NoWay {
+		lost := r.alone()
+		if lost == nil || s.Phase != tunnel.LinkUp {
+			return nil
+		}
+		r.state.Phase = tunnel.LinkConnecting
+		c := connecting(wrapLost(lost))
+		return &c
+	}
+	s.Phase = tunnel.LinkUp
+	s.Way = o.first.String()
+	s.Carrier = "quic"
+	if o.first == wire.WayLanes {
+		s.Carrier = "tls"
+	}
+	if o.why != "" {
+		s.WayWhy = o.why
+	}
+	s.Streams = s.Carrier
+	if r.tcp != nil && r.tcp.joined() != nil {
+		s.Streams = "tls"
+	}
+	if s.Phase == r.state.Phase && s.Way == r.state.Way && s.WayWhy == r.state.WayWhy && s.Streams == r.state.Streams {
+		return nil
+	}
+	r.state = s
+	return &s
+}
+
+// join joins one more connection to the session.
+func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, error) {
+	cand, err := d.Dial(ctx, r.address)
+	if err != nil {
+		return nil, err
+	}
+	j := &wire.Join{Version: wire.Current, Session: r.welcome.Session, As: as}
+	if as == wire.AsCarrier {
+		j.Sealed = media.PreferredAEADs()
+	}
+	m, err := exchange(ctx, cand, wire.Message{Join: j})
+	switch {
+	case err != nil:
+	case m.Refused != nil:
+		err = m.Refused.Err()
+	case m.Welcome == nil || m.Welcome.Session != r.welcome.Session:
+		err = tunnel.Errorf(tunnel.Internal, "%s answered a join with something else", r.address)
+	}
+	if err != nil {
+		cand.Close()
+		return nil, err
+	}
+	return &granted{cand: cand, welcome: *m.Welcome, address: r.address}, nil
+}
