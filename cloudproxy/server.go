@@ -39,6 +39,7 @@ type Config struct {
 	Proxies   []tunnel.ProxyAddr // the proxy information; empty: this instance alone
 	Lanes     int                // how many lanes serve a session best, told to sidecars; 0: they decide
 	Age       time.Duration      // how long a datagram may wait for a sidecar's path; 0: media.MaxAge
+	Hold      time.Duration      // how long a session lives without any connection; 0: session.DefaultHold
 	Drain     time.Duration      // how long live sessions may take to finish when Run's context ends; 0: 30 s
 	Log       *slog.Logger       // nil: none
 }
@@ -226,14 +227,23 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	if c.Kind() == "quic" {
 		sealed = session.OfferSealed(o.Sealed)
 	}
+	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
 		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
-		Limits: s.cfg.Limits, Age: s.cfg.Age,
+		Limits: s.cfg.Limits, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
+		Ended: func(why error) {
+			defer s.wg.Done()
+			s.end(l.id, why)
+			drops := map[string]uint64{}
+			l.far.Drops(drops)
+			log.Info("session ended", "why", why, "dropped", drops)
+		},
 	})
 	s.mu.Lock()
 	if s.draining {
 		s.mu.Unlock()
 		release()
+		l.far.Close(stopping())
 		return wire.Welcome{}, nil, stopping()
 	}
 	old := s.byKey[l.key]
@@ -248,12 +258,9 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		carrier, err := c.Carrier()
 		if err == nil {
 			log.Info("session opened", "from", c.RemoteAddr(), "carrier", c.Kind())
-			err = l.far.Serve(carrier, l.id, sealed)
+			err = l.far.Serve(carrier, sealed)
 		}
-		s.end(l.id, err)
-		drops := map[string]uint64{}
-		l.far.Drops(drops)
-		log.Info("session ended", "why", err, "dropped", drops)
+		log.Info("carrier ended", "carrier", c.Kind(), "why", err)
 	}
 	w := s.welcome(l)
 	w.Sealed = sealed
@@ -263,8 +270,8 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 // join brings a lane or another carrier to its session. A session of another key is as unknown as
 // one that does not exist.
 func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), error) {
-	if j.As != wire.AsLane && j.As != wire.AsStreams {
-		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.Unsupported, "a connection can join as %q or %q", wire.AsLane, wire.AsStreams)
+	if j.As != wire.AsLane && j.As != wire.AsCarrier {
+		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.Unsupported, "a connection can join as %q or %q", wire.AsLane, wire.AsCarrier)
 	}
 	s.mu.Lock()
 	l := s.byID[j.Session]
@@ -275,19 +282,27 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 	if l.joins.Load() >= maxJoins { // those that are being welcomed come on top
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "%d connections have joined the session already; close some", maxJoins)
 	}
+	var sealed *wire.Sealed
+	if j.As == wire.AsCarrier && c.Kind() == "quic" {
+		sealed = session.OfferSealed(j.Sealed)
+	}
 	serve := func() {
 		l.joins.Add(1)
 		defer l.joins.Add(-1)
 		defer c.Close() // for where it turns into nothing
-		if j.As == wire.AsStreams {
+		if j.As == wire.AsCarrier {
 			if carrier, err := c.Carrier(); err == nil {
-				l.far.ServeStreams(carrier)
+				s.log.Info("carrier joined", "session", l.id, "from", c.RemoteAddr(), "carrier", c.Kind())
+				err = l.far.Serve(carrier, sealed)
+				s.log.Info("carrier ended", "session", l.id, "carrier", c.Kind(), "why", err)
 			}
 		} else if lane, err := c.Lane(); err == nil {
 			l.far.ServeLane(lane)
 		}
 	}
-	return s.welcome(l), serve, nil
+	w := s.welcome(l)
+	w.Sealed = sealed
+	return w, serve, nil
 }
 
 func (s *Server) welcome(l *live) wire.Welcome {

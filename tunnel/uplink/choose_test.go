@@ -1,0 +1,207 @@
+package uplink
+
+import (
+	"testing"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/session"
+	"culvert/tunnel/wire"
+)
+
+// world is a network as a chooser sees it, in steps of 10 ms.
+type world struct {
+	t       *testing.T
+	c       chooser
+	now     time.Time
+	at      time.Time // when the chooser wants to look again
+	began   time.Time
+	joined  [wire.WaysEnd]bool
+	passes  [wire.WaysEnd]func(size int) bool // nil: nothing
+	ways    [wire.WaysEnd]session.WayState
+	idle    bool
+	last    orders
+	moves   []move
+	answers []answer // under way
+}
+
+type answer struct {
+	at   time.Time
+	way  wire.Way
+	long bool
+}
+
+// move is a change of the way in use.
+type move struct {
+	at    time.Duration
+	to    wire.Way
+	cause tunnel.Code
+}
+
+func newWorld(t *testing.T, ways ...wire.Way) *world {
+	w := &world{t: t, now: time.Unix(1000, 0)}
+	w.began = w.now
+	w.cut(wire.WaySealed, wire.WayDatagram, wire.WayLanes, wire.NoWay)
+	for _, k := range ways {
+		w.joined[k], w.passes[k] = true, all
+	}
+	return w
+}
+
+func all(int) bool     { return true }
+func none(int) bool    { return false }
+func small(n int) bool { return n < 1000 }
+func (w *world) cut(ways ...wire.Way) {
+	for _, k := range ways {
+		w.passes[k] = none
+	}
+}
+
+// pass lets time go by: media and reports flow on the way in use, probes take
+// 40 ms.
+func (w *world) pass(d time.Duration) {
+	for end := w.now.Add(d); w.now.Before(end); w.now = w.now.Add(10 * time.Millisecond) {
+		for _, a := range w.answers {
+			if a.at.Equal(w.now) {
+				s := &w.ways[a.way]
+				s.Heard, s.Small = w.now, w.now
+				if a.long {
+					s.Large = w.now
+				}
+				w.at = w.now // news
+			}
+		}
+		for k := range w.ways {
+			s := &w.ways[k]
+			s.Present = w.joined[k]
+			if s.Present && !w.idle && w.passes[k](100) {
+				s.Heard, s.Reported = w.now, w.now
+			}
+		}
+		if w.now.Before(w.at) {
+			continue
+		}
+		was := w.c.way
+		o := w.c.step(view{now: w.now, live: !w.idle, flowing: !w.idle, ways: w.ways})
+		w.last, w.at = o, w.now.Add(o.next)
+		if o.first != was {
+			w.moves = append(w.moves, move{w.now.Sub(w.began), o.first, o.cause})
+		}
+		for k := range w.ways {
+			if o.short[k] && w.passes[k](100) {
+				w.answers = append(w.answers, answer{w.now.Add(40 * time.Millisecond), wire.Way(k), false})
+			}
+			if o.long[k] && w.passes[k](1200) {
+				w.answers = append(w.answers, answer{w.now.Add(40 * time.Millisecond), wire.Way(k), true})
+			}
+		}
+	}
+}
+
+func (w *world) uses(way, also wire.Way) {
+	w.t.Helper()
+	if w.last.first != way || w.last.also != also {
+		w.t.Fatalf("after %v datagrams go by %v and %v, want %v and %v; moves %+v", w.now.Sub(w.began), w.last.first, w.last.also, way, also, w.moves)
+	}
+}
+
+func TestTheChooser(t *testing.T) {
+	const (
+		sealed, datagram, lanes = wire.WaySealed, wire.WayDatagram, wire.WayLanes
+		second                  = time.Second
+	)
+	for name, test := range map[string]func(w *world){
+		"sealed packets that are answered are used within two round trips": func(w *world) {
+			w.pass(90 * time.Millisecond)
+			w.uses(sealed, wire.NoWay)
+		},
+		"sealed packets that do not arrive are not used, and tried again": func(w *world) {
+			w.cut(sealed)
+			w.pass(2 * second)
+			w.uses(datagram, wire.NoWay)
+			w.passes[sealed] = all
+			w.pass(2 * second)
+			w.uses(sealed, wire.NoWay)
+		},
+		"long sealed packets that vanish are no reason to use the way": func(w *world) {
+			w.passes[sealed] = small
+			w.pass(2 * second)
+			w.uses(datagram, wire.NoWay)
+		},
+		"UDP that is shut is left for lanes within 700 ms": func(w *world) {
+			w.pass(second)
+			w.cut(sealed, datagram)
+			w.pass(700 * time.Millisecond)
+			w.uses(lanes, sealed)
+			if m := w.moves[len(w.moves)-1]; m.cause != tunnel.UDPBlocked {
+				w.t.Errorf("the cause is %q", m.cause)
+			}
+			w.pass(2 * second)
+			w.uses(lanes, wire.NoWay)
+		},
+		"UDP that is open again is used again within 30 s": func(w *world) {
+			w.pass(second)
+			w.cut(sealed, datagram)
+			w.pass(10 * second)
+			w.passes[sealed], w.passes[datagram] = all, all
+			w.pass(20 * second)
+			w.uses(sealed, wire.NoWay)
+		},
+		"sealed packets alone that are shut are left for DATAGRAM": func(w *world) {
+			w.pass(second)
+			w.cut(sealed)
+			w.pass(second)
+			if w.last.first != datagram {
+				w.t.Fatalf("datagrams go by %v", w.last.first)
+			}
+		},
+		"a link that is down altogether keeps its way": func(w *world) {
+			w.pass(second)
+			w.cut(sealed, datagram, lanes)
+			w.pass(5 * second)
+			if w.last.first != sealed {
+				w.t.Fatalf("datagrams go by %v", w.last.first)
+			}
+			w.passes = [wire.WaysEnd]func(int) bool{sealed: all, datagram: all, lanes: all}
+			w.pass(3 * second)
+			w.uses(sealed, wire.NoWay)
+		},
+		"lanes that fall silent are left for UDP at once": func(w *world) {
+			w.cut(sealed, datagram)
+			w.joined[sealed], w.joined[datagram] = false, false
+			w.pass(second)
+			w.uses(lanes, wire.NoWay)
+			w.cut(lanes)
+			w.joined[sealed], w.joined[datagram] = true, true
+			w.passes[sealed], w.passes[datagram] = all, all
+			w.pass(700 * time.Millisecond)
+			if w.last.first == lanes {
+				w.t.Fatal("datagrams still go by lanes")
+			}
+		},
+		"an idle session is not asked about": func(w *world) {
+			w.pass(second)
+			w.idle = true
+			w.cut(sealed, datagram)
+			w.pass(60 * second)
+			w.uses(sealed, wire.NoWay)
+		},
+		"UDP that comes and goes is tried more and more rarely": func(w *world) {
+			w.pass(second)
+			for range 10 * 60 {
+				w.passes[sealed], w.passes[datagram] = all, all
+				if w.last.first != lanes {
+					w.cut(sealed, datagram)
+				}
+				w.pass(second)
+			}
+			if n := len(w.moves); n > 20 {
+				w.t.Errorf("%d moves in ten minutes", n)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test(newWorld(t, sealed, datagram, lanes))
+		})
+	}
+}
