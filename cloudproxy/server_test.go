@@ -560,7 +560,7 @@ func TestOnlySoManyConnectionsJoinASession(t *testing.T) {
 		refused := tunnel.Code("")
 		joined := 0
 		for refused == "" && joined < 100 {
-			c, m, err := w.join(t, 0, st.Session, wire.AsStreams)
+			c, m, err := w.join(t, 0, st.Session, wire.AsCarrier)
 			defer w.tcp.Cut()
 			switch {
 			case err != nil:

@@ -14,6 +14,7 @@ import (
 	"culvert/tunnel"
 	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
+	"culvert/tunnel/resume"
 	"culvert/tunnel/wire"
 )
 
@@ -91,8 +92,8 @@ func NewFar(cfg FarConfig) *Far {
 	cfg.Limits = cfg.Limits.withDefaults()
 	f := &Far{
 		cfg: cfg, control: newControl(),
-		opens:  rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond),
-		assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
+		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond),
+		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	if f.cfg.Hold <= 0 {
 		f.cfg.Hold = DefaultHold

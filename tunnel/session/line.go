@@ -129,6 +129,7 @@ func (f *Far) addLine(number uint64, line *resume.Conn, serve func()) error {
 	f.lines[number] = line
 	f.work.Go(func() {
 		serve()
+		<-line.Done() // what was written last may have to be said again
 		f.mu.Lock()
 		delete(f.lines, number)
 		f.mu.Unlock()

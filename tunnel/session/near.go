@@ -88,6 +88,9 @@ func (n *Near) Busy() bool {
 	return len(n.assocs) > 0
 }
 
+// Streaming reports whether streams are open or being opened.
+func (n *Near) Streaming() bool { return n.streams.Load()+n.opening.Load() > 0 }
+
 // Live returns what SetLive was last given.
 func (n *Near) Live() bool { return n.live.Load() }
 
@@ -254,21 +257,30 @@ func (a *Attached) Prefer(c tunnel.Carrier) {
 	a.mu.Unlock()
 }
 
-// carrier returns the carrier for a stream, other than avoid where that can be.
-// It waits until there is one.
+// pick returns the carrier for a stream, other than avoid where that can be;
+// nil: there is none.
+func (a *Attached) pick(avoid tunnel.Carrier) tunnel.Carrier {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var best tunnel.Carrier
+	for _, s := range a.carriers {
+		switch c := s.carrier; {
+		case c.Err() != nil:
+		case best == nil, best == avoid, c != avoid && best != a.prefer:
+			best = c
+		}
+	}
+	return best
+}
+
+// carrier is pick, and waits until there is one.
 func (a *Attached) carrier(ctx context.Context, avoid tunnel.Carrier) (tunnel.Carrier, error) {
 	for {
 		a.mu.Lock()
 		changed := a.changed
-		var best tunnel.Carrier
-		for _, s := range a.carriers {
-			if s.carrier.Err() == nil && (best == nil || best == avoid || s.carrier != avoid && best != a.prefer) {
-				best = s.carrier
-			}
-		}
 		a.mu.Unlock()
-		if best != nil {
-			return best, nil
+		if c := a.pick(avoid); c != nil {
+			return c, nil
 		}
 		select {
 		case <-changed:
@@ -564,8 +576,8 @@ func (n *Near) Stats() tunnel.LinkStats {
 		if u := current.plane.using.Load(); u != nil {
 			s.RTT = u.first.state().RTT
 		}
-		if s.RTT == 0 {
-			s.RTT = current.carrier.Stats().RTT
+		if c := current.pick(nil); s.RTT == 0 && c != nil {
+			s.RTT = c.Stats().RTT
 		}
 		current.plane.lostTo(s.Dropped)
 	}

@@ -40,6 +40,8 @@ func join(t *testing.T, near *Near, net tunneltest.Config, cfg FarConfig) *path 
 		cfg.Next = &tunneltest.Echo{}
 	}
 	cfg.Peered = wire.Current
+	const id = "0f5e9a6c2f6d4c0c8f0d3a4be1d2c3f4"
+	cfg.ID = id
 	p := &path{near: near, far: NewFar(cfg), done: make(chan struct{})}
 	p.echo, _ = cfg.Next.(*tunneltest.Echo)
 	client, server := tunneltest.Pair(t, net, nil)
@@ -51,15 +53,15 @@ func join(t *testing.T, near *Near, net tunneltest.Config, cfg FarConfig) *path 
 	if err != nil {
 		t.Fatal(err)
 	}
-	const id = "0f5e9a6c2f6d4c0c8f0d3a4be1d2c3f4"
 	sealed := OfferSealed(media.PreferredAEADs())
-	p.at, err = near.Attach(t.Context(), cc, wire.Welcome{Version: wire.Current, Session: id, Limits: p.far.Limits(), Sealed: sealed})
-	if err != nil {
+	p.at = near.Attach(wire.Welcome{Version: wire.Current, Session: id, Limits: p.far.Limits(), Sealed: sealed})
+	if err := p.at.AddCarrier(cc, sealed); err != nil {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { p.far.Serve(sc, id, sealed) })
-	wg.Go(func() { p.at.Run(); cc.Close(nil) })
+	wg.Go(func() { p.far.Serve(sc, sealed) })
+	wg.Go(func() { p.at.Run(); p.at.RemoveCarrier(cc); cc.Close(nil) })
+	wg.Go(func() { <-cc.Done(); p.at.End(cc.Err()) }) // as a sidecar does that finds no session any more
 	go func() { wg.Wait(); close(p.done) }()
 	t.Cleanup(p.end)
 	return p

@@ -211,7 +211,7 @@ func (r *run) step(now time.Time, report func(tunnel.LinkState)) time.Duration {
 
 // needs says which paths are to be joined, and how many lanes.
 func (r *run) needs(now time.Time, v view) {
-	if r.u.Wants() || v.live {
+	if r.u.Streaming() || v.live {
 		r.busyTill = now.Add(companionRest)
 	}
 	if r.tcp == nil {

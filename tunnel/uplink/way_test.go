@@ -32,7 +32,7 @@ func (f *far) real(lanes int) *atomic.Int64 {
 		case m.Open != nil:
 			ids++
 			w.Session = strings.Repeat("0", 31) + string(rune('0'+ids))
-			ends[w.Session] = session.NewFar(session.FarConfig{Next: &tunneltest.Echo{}, Peered: wire.Current})
+			ends[w.Session] = session.NewFar(session.FarConfig{Next: &tunneltest.Echo{}, Peered: wire.Current, ID: w.Session})
 			if kind == "quic" {
 				w.Sealed = session.OfferSealed(m.Open.Sealed)
 				sealed[w.Session] = w.Sealed
@@ -55,13 +55,9 @@ func (f *far) real(lanes int) *atomic.Int64 {
 				end.ServeLane(l)
 				joined.Add(-1)
 			}
-		case wire.AsStreams:
-			if k, err := c.Carrier(); err == nil {
-				end.ServeStreams(k)
-			}
 		default:
 			if k, err := c.Carrier(); err == nil {
-				end.Serve(k, id, how)
+				end.Serve(k, how)
 			}
 		}
 	}

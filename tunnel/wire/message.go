@@ -123,14 +123,17 @@ type Redirect struct {
 	Addresses []string `json:"addresses"`
 }
 
-// Refused answers Open, Join and Stream.
+// Refused answers Open, Join, Stream and Resume.
 type Refused struct {
 	Code tunnel.Code `json:"code"`
 	Text string      `json:"text"`
 }
 
-// Control makes a stream the session's control stream on this carrier.
-type Control struct{}
+// Control makes a stream the session's control stream, or goes on with the one
+// that there was. It is answered with Resumed.
+type Control struct {
+	Received uint64 `json:"received"` // how many bytes have come here
+}
 
 // Stream asks for a TCP connection. Number is unique in the session.
 type Stream struct {
@@ -141,6 +144,19 @@ type Stream struct {
 
 // Opened answers Stream; from here on the stream carries the connection's bytes.
 type Opened struct{}
+
+// Resume goes on with a stream on another carrier, or on a fresh stream of the
+// same.
+type Resume struct {
+	Number   uint64 `json:"number"`
+	Received uint64 `json:"received"` // how many bytes have come here
+}
+
+// Resumed answers Resume and Control; from here on the stream carries what
+// follows those bytes.
+type Resumed struct {
+	Received uint64 `json:"received"`
+}
 
 // Closed ends an association. From the cloud proxy it says why.
 type Closed struct {
@@ -153,6 +169,9 @@ type Closed struct {
 type GoAway struct {
 	Within Seconds `json:"within_seconds"`
 }
+
+// End ends the session, at the sidecar's word.
+type End struct{}
 
 // Seconds is a duration that travels as whole seconds.
 type Seconds int
