@@ -73,6 +73,7 @@ type chooser struct {
 	doubt  time.Time // since when the way is silent or shut; zero: it is not
 	strain time.Time // since when the breaker is at work on it; zero: it is not
 	trial  trial
+	asked  time.Time // when probes were last sent
 	again  [wire.WaysEnd]again
 }
 
@@ -114,9 +115,17 @@ func (c *chooser) step(v view) orders {
 		c.also = wire.NoWay
 	}
 	o.first, o.also = c.way, c.also
-	switch {
-	case !c.doubt.IsZero() || c.trial.way != wire.NoWay:
+	switch rest := probeEvery - v.now.Sub(c.asked); {
+	case c.doubt.IsZero() && c.trial.way == wire.NoWay:
+	case rest > 0: // answers make us look more often than that
+		o.short, o.long = [wire.WaysEnd]bool{}, [wire.WaysEnd]bool{}
+		o.next = rest
+	default:
+		c.asked = v.now
 		o.next = probeEvery
+	}
+	switch {
+	case o.next > 0:
 	case v.live:
 		o.next = calmEvery
 	default:
@@ -260,13 +269,13 @@ func (c *chooser) try(v view, o *orders) {
 	small, large := s.Small.After(c.trial.began), s.Large.After(c.trial.began)
 	took := v.now.Sub(c.trial.began)
 	switch {
-	case small && large:
+	case small && large, small && took >= trialTime && t == wire.WaySealed: // which makes itself smaller where only long ones vanish
 		cause := tunnel.Code("")
 		if c.way == wire.WayLanes {
 			cause = tunnel.UDPReturned
 		}
 		from := c.way
-		c.use(v, o, t, fmt.Sprintf("packets, short and long, were answered by %v in %v", t, took.Round(time.Millisecond)), cause)
+		c.use(v, o, t, fmt.Sprintf("probes of it were answered in %v", took.Round(time.Millisecond)), cause)
 		if from == wire.WayLanes {
 			c.also, c.both = from, v.now.Add(bothTime)
 		}
@@ -279,7 +288,7 @@ func (c *chooser) try(v view, o *orders) {
 		a.wait = min(max(2*a.wait, first), most)
 		a.at = v.now.Add(a.wait)
 		if c.way == wire.WayDatagram && a.wait == first {
-			o.why = fmt.Sprintf("sealed packets were not answered within %v, QUIC DATAGRAM passes", trialTime)
+			o.why = fmt.Sprintf("sealed packets were not answered in %v, QUIC DATAGRAM passes", trialTime)
 		}
 		c.trial = trial{}
 	default:

@@ -123,10 +123,10 @@ func TestTheChooser(t *testing.T) {
 			w.pass(2 * second)
 			w.uses(sealed, wire.NoWay)
 		},
-		"long sealed packets that vanish are no reason to use the way": func(w *world) {
+		"sealed packets of which only long ones vanish are used: they make themselves smaller": func(w *world) {
 			w.passes[sealed] = small
 			w.pass(2 * second)
-			w.uses(datagram, wire.NoWay)
+			w.uses(sealed, wire.NoWay)
 		},
 		"UDP that is shut is left for lanes within 700 ms": func(w *world) {
 			w.pass(second)

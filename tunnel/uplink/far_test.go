@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,6 +44,8 @@ type far struct {
 	// carry serves a connection that was welcomed to a session; nil: whatever
 	// comes is discarded.
 	carry func(id, as string, c tunnel.Candidate)
+
+	carriers atomic.Int64 // that were welcomed and live, where carry is nil
 
 	mu    sync.Mutex // guards what follows; before the first run nothing else looks
 	dials []dialled
@@ -167,6 +170,8 @@ func (f *far) serve(c tunnel.Candidate, kind, address string) {
 		}
 	default:
 		if k, err := c.Carrier(); err == nil {
+			f.carriers.Add(1)
+			defer f.carriers.Add(-1)
 			if w := k.Datagrams(); w != nil {
 				w.Start(func([]byte) {}, func() {})
 			}

@@ -110,6 +110,7 @@ func (p *path) keepLanes(ctx context.Context, c tunnel.Carrier) {
 				continue
 			}
 			failure = r.err
+			p.fail(r.err)
 			if tunnel.CodeOf(r.err) == tunnel.SessionUnknown {
 				p.run.end(r.err)
 				return

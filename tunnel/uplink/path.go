@@ -38,6 +38,7 @@ type path struct {
 
 	mu      sync.Mutex // guards the fields below
 	wanted  bool
+	granted bool           // a carrier is welcomed: it serves, or is about to
 	carrier tunnel.Carrier // nil: not joined
 	since   time.Time      // when it was joined, or lost
 	failed  error          // of the last attempt; nil: it succeeded
@@ -89,6 +90,22 @@ func (p *path) joined() tunnel.Carrier {
 	return p.carrier
 }
 
+// stands reports whether the path is joined, and what failed last: a join, or a
+// lane.
+func (p *path) stands() (joined bool, failed error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.granted, p.failed
+}
+
+// fail notes what has failed.
+func (p *path) fail(err error) {
+	p.mu.Lock()
+	p.failed = err
+	p.mu.Unlock()
+	p.run.tell()
+}
+
 // keep runs the path until ctx ends. granted is a connection that has been
 // welcomed already; nil: none.
 func (p *path) keep(ctx context.Context, granted *granted) {
@@ -100,11 +117,12 @@ func (p *path) keep(ctx context.Context, granted *granted) {
 				continue
 			}
 		}
-		p.serve(ctx, granted)
+		err := p.serve(ctx, granted)
 		granted = nil
-	}
-	if granted != nil {
-		granted.cand.Close()
+		p.mu.Lock()
+		p.granted, p.since, p.failed = false, time.Now(), err
+		p.mu.Unlock()
+		p.run.tell()
 	}
 }
 
@@ -145,7 +163,7 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.failed = err
+	p.failed, p.granted = err, err == nil
 	if err == nil {
 		p.fails = 0
 		return g, 0
@@ -173,16 +191,17 @@ func (p *path) restLocked() time.Duration {
 	return p.run.u.cfg.jitter(rest)
 }
 
-// serve lets a connection serve the session until it is lost or not wanted.
-func (p *path) serve(ctx context.Context, g *granted) {
+// serve lets a connection serve the session until it is lost or not wanted. It
+// returns why; nil: it is not wanted.
+func (p *path) serve(ctx context.Context, g *granted) error {
 	c, err := g.cand.Carrier()
 	if err != nil {
 		g.cand.Close()
-		return
+		return err
 	}
 	if err = p.run.at.AddCarrier(c, g.welcome.Sealed); err != nil {
 		c.Close(err)
-		return
+		return err
 	}
 	p.mu.Lock()
 	p.carrier, p.since, p.leave, p.failed = c, time.Now(), nil, nil
@@ -197,12 +216,16 @@ func (p *path) serve(ctx context.Context, g *granted) {
 	err = p.watch(ctx, c)
 	stop()
 	p.mu.Lock()
-	p.carrier, p.since, p.failed = nil, time.Now(), err
+	p.carrier, p.granted, p.failed = nil, false, err
 	p.mu.Unlock()
 	p.run.at.RemoveCarrier(c)
 	p.run.tell() // before closing, which may take a second
 	c.Close(err)
 	wg.Wait()
+	if err == errNotWanted {
+		return nil
+	}
+	return err
 }
 
 // errNotWanted is why a carrier ends that is no longer needed.

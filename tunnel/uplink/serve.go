@@ -109,7 +109,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		if p.kind != g.cand.Kind() {
 			first = nil
 		} else {
-			p.wanted = true
+			p.wanted, p.granted = true, true
 		}
 		wg.Go(func() { p.keep(inner, first) })
 	}
@@ -167,12 +167,20 @@ func (r *run) loop(ctx context.Context, report func(tunnel.LinkState)) error {
 func (r *run) alone() error {
 	var errs []error
 	for _, p := range r.paths() {
-		p.mu.Lock()
-		carrier, failed := p.carrier, p.failed
-		p.mu.Unlock()
-		if carrier != nil {
+		carrier, failed := p.stands()
+		if carrier {
 			return nil
 		}
+		errs = append(errs, failed)
+	}
+	return errors.Join(errs...)
+}
+
+// mute returns why datagrams have no way; nil: nothing has failed yet.
+func (r *run) mute() error {
+	var errs []error
+	for _, p := range r.paths() {
+		_, failed := p.stands()
 		errs = append(errs, failed)
 	}
 	return errors.Join(errs...)
@@ -217,7 +225,10 @@ func (r *run) needs(now time.Time, v view) {
 	if r.tcp == nil {
 		return
 	}
-	udp := r.udp != nil && r.udp.joined() != nil
+	udp := false
+	if r.udp != nil {
+		udp, _ = r.udp.stands()
+	}
 	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes)
 	lanes := 1
 	if v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || !r.choose.strain.IsZero()) {
@@ -231,11 +242,11 @@ func (r *run) needs(now time.Time, v view) {
 func (r *run) describe(o orders) *tunnel.LinkState {
 	s := r.state
 	if o.first == wire.NoWay {
-		lost := r.alone()
-		if lost == nil || s.Phase != tunnel.LinkUp {
+		r.state.Phase = tunnel.LinkConnecting
+		lost := r.mute()
+		if lost == nil {
 			return nil
 		}
-		r.state.Phase = tunnel.LinkConnecting
 		c := connecting(wrapLost(lost))
 		return &c
 	}
