@@ -309,8 +309,11 @@ func TestALostPathIsReplacedAndAssociationsLiveOn(t *testing.T) {
 			t.Errorf("got %q", got)
 		}
 		synctest.Wait()
-		if w.released != 1 || w.server.Sessions() != 1 {
-			t.Errorf("%d released, %d sessions: the first session should have ended", w.released, w.server.Sessions())
+		if n := len(w.opens); n != 1 || w.released != 0 || w.server.Sessions() != 1 {
+			t.Errorf("%d opens, %d released, %d sessions: the session should live on", n, w.released, w.server.Sessions())
+		}
+		if n := len(w.echo.Open()); n != 1 {
+			t.Errorf("%d associations at the cloud proxy, want the one that there was", n)
 		}
 	})
 }
@@ -419,6 +422,66 @@ func TestAnOpenWithTheSameKeySupersedesItsSession(t *testing.T) {
 			t.Errorf("%d sessions, want 2", n)
 		}
 		other.works(t)
+	})
+}
+
+func TestASessionWithoutConnectionsIsHeldForAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		s := w.sidecar(t, 0, tunnel.ModeUDP)
+		defer s.stop()
+		s.up(t)
+		in := make(inbox, 10)
+		p, err := s.OpenPackets(tunnel.Peer{}, in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Send([]byte("one"), far)
+		<-in
+		var down atomic.Bool
+		w.dialUDP = func(context.Context) error {
+			if down.Load() {
+				return tunnel.Errorf(tunnel.CloudUnreachable, "down")
+			}
+			return nil
+		}
+		for _, c := range []struct {
+			away     time.Duration
+			released int
+		}{{50 * time.Second, 0}, {70 * time.Second, 1}} {
+			down.Store(true)
+			w.udp.Cut()
+			time.Sleep(c.away)
+			down.Store(false)
+			for s.up(t); ; time.Sleep(10 * time.Millisecond) {
+				p.Send([]byte("two"), far)
+				select {
+				case <-in:
+				case <-time.After(time.Second):
+					continue
+				}
+				break
+			}
+			if w.released != c.released {
+				t.Errorf("after %v without a path %d sessions had ended, want %d", c.away, w.released, c.released)
+			}
+		}
+	})
+}
+
+func TestAStopEndsTheSessionAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		s := w.sidecar(t, 0, tunnel.ModeUDP)
+		s.up(t)
+		s.works(t)
+		s.stop()
+		synctest.Wait()
+		if n := w.server.Sessions(); n != 0 || w.released != 1 {
+			t.Errorf("%d sessions, %d released", n, w.released)
+		}
 	})
 }
 

@@ -320,8 +320,13 @@ func (a *Attached) Run() error {
 	return err
 }
 
-// End ends the session at this end; streams end with why.
+// End ends the session at this end; streams end with why. The cloud proxy holds
+// it until nothing has served it for some time.
 func (a *Attached) End(why error) { a.stop(why) }
+
+// Leave tells the cloud proxy that the session is needed no longer. Run returns
+// when it has agreed.
+func (a *Attached) Leave() { a.control.send(wire.Message{End: &wire.End{}}) }
 
 func (a *Attached) handle(m wire.Message) error {
 	switch {

@@ -16,6 +16,8 @@ const (
 	// companionRest is how long TLS stays joined beside QUIC after the last
 	// stream or association.
 	companionRest = 30 * time.Second
+	// leaveTime bounds how long a stop waits for the cloud proxy to hear of it.
+	leaveTime = 500 * time.Millisecond
 	// lonely is how long a session may be without any carrier before another
 	// cloud proxy is asked, where there is one.
 	lonely = 5 * time.Second
@@ -83,8 +85,9 @@ func (r *run) other(p *path) *path {
 }
 
 // serve carries a session until it ends or ctx does (it then returns nil), and
-// leaves nothing open. It returns why the session ended.
-func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took time.Duration, report func(tunnel.LinkState)) error {
+// leaves nothing open. It returns why the session ended, and since when nothing
+// has passed.
+func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took time.Duration, report func(tunnel.LinkState)) (lost time.Time, err error) {
 	r := &run{
 		u: u, at: u.Attach(g.welcome), welcome: g.welcome, address: g.welcome.Address, mode: mode,
 		news: make(chan struct{}, 1), over: make(chan error, 1),
@@ -114,17 +117,33 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		wg.Go(func() { p.keep(inner, first) })
 	}
 	wg.Go(func() { r.end(r.at.Run()) })
-	err := r.loop(ctx, report)
+	err = r.loop(ctx, report)
+	if lost = r.lost; lost.IsZero() {
+		lost = time.Now()
+	}
 	why := err
 	if why == nil {
 		why = errStopped
+		r.leave()
 	} else {
 		report(connecting(err)) // before closing, which may take a second
 	}
 	r.at.End(why)
 	cancel(why)
 	wg.Wait()
-	return err
+	return lost, err
+}
+
+// leave lets the cloud proxy end the session, so that nothing is held for us.
+func (r *run) leave() {
+	if r.alone() != nil {
+		return
+	}
+	r.at.Leave()
+	select {
+	case <-r.over:
+	case <-time.After(leaveTime):
+	}
 }
 
 var errStopped = errors.New("the sidecar has stopped")

@@ -116,8 +116,7 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 		if g, err = u.connect(ctx, mode); err == nil {
 			everUp = true
 			up := time.Now()
-			err = u.serve(ctx, g, mode, up.Sub(trying), say)
-			lost = time.Now()
+			lost, err = u.serve(ctx, g, mode, up.Sub(trying), say)
 			if lost.Sub(up) > maxBackoff { // else it may come and go as fast as it can
 				wait = firstBackoff
 			}
