@@ -243,10 +243,10 @@ func TestAWriteGoesOnWhileNobodyReadsTheOtherDirection(t *testing.T) {
 	if n, err := p.near.Write(make([]byte, 3*Window)); n != 3*Window || err != nil {
 		t.Errorf("%d, %v", n, err)
 	}
-	wg.Wait()
 	if n, err := io.CopyN(io.Discard, p.near, Window); n != Window || err != nil {
 		t.Errorf("%d, %v", n, err)
 	}
+	wg.Wait()
 }
 
 func TestNoMoreThanAWindowIsHeld(t *testing.T) {
