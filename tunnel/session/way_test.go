@@ -64,6 +64,8 @@ func TestDatagramsGoByTheWayThatTheNearEndNames(t *testing.T) {
 	if n.datagrams[0].Load() != 1 || n.datagrams[1].Load() != 1 {
 		t.Errorf("before anything is said QUIC DATAGRAM carried %d up and %d down, want 1 and 1", n.datagrams[1].Load(), n.datagrams[0].Load())
 	}
+	// Datagrams pass before the far end has claimed the IDs of sealed packets.
+	eventually(t, "the far end takes sealed packets", func() bool { return p.far.plane.state(wire.WaySealed).Present })
 	p.at.Probe(wire.WaySealed, false)
 	p.at.Probe(wire.WaySealed, true)
 	eventually(t, "both probes are answered", func() bool {
