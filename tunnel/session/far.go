@@ -335,6 +335,7 @@ type farPackets struct {
 	far  *Far
 	leg  *leg
 	next tunnel.Packets
+	over error // given to Closed; guarded by far.mu
 }
 
 // endedRest is longer than a record can be under way; maxEnded bounds memory.
@@ -382,6 +383,12 @@ func (f *Far) open(id uint32, held bool) *leg {
 	case f.assocs == nil || ended: // the session or the association has ended meanwhile
 		f.mu.Unlock()
 		p.next.Close()
+		return nil
+	case p.over != nil: // it has ended at once
+		f.endLocked(id)
+		f.mu.Unlock()
+		p.next.Close()
+		f.tellClosed(id, p.over)
 		return nil
 	case f.assocs[id] != nil: // another way was faster
 		other := f.assocs[id].leg
@@ -455,6 +462,9 @@ func (p *farPackets) Unreachable(to netip.AddrPort, err error) {
 
 // Closed implements tunnel.Receiver.
 func (p *farPackets) Closed(err error) {
+	p.far.mu.Lock()
+	p.over = err // for open, which may not have taken it in yet
+	p.far.mu.Unlock()
 	if p.far.forget(p) {
 		p.far.tellClosed(p.leg.id, err)
 	}

@@ -394,7 +394,7 @@ type nearPackets struct {
 
 // attach moves the association to a session. near.mu is held.
 func (p *nearPackets) attach(a *Attached) {
-	l := a.plane.add(&leg{id: p.id, held: p.held, deliver: p.deliver, unreachable: p.unreachable})
+	l := a.plane.add(&leg{plane: a.plane, id: p.id, held: p.held, deliver: p.deliver, unreachable: p.unreachable})
 	if old := p.leg.Swap(l); old != nil {
 		old.plane.remove(old)
 	}

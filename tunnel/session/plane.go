@@ -271,8 +271,8 @@ func (p *plane) state(kind wire.Way) WayState {
 	return y.state()
 }
 
+// add takes in a leg of this plane. It may be sending already.
 func (p *plane) add(l *leg) *leg {
-	l.plane = p
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.legs[l.id] = l

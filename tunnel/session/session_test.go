@@ -339,6 +339,55 @@ func TestLiveAssociationsSurviveAReconnectAboveTheRateOfOpening(t *testing.T) {
 	}
 }
 
+// hasty is an Opener whose associations do at once, beside OpenPackets, what it says.
+type hasty struct {
+	tunneltest.Echo
+	first func(tunnel.Receiver)
+	done  sync.WaitGroup
+}
+
+func (h *hasty) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, error) {
+	p, err := h.Echo.OpenPackets(by, r)
+	if err == nil {
+		h.done.Go(func() { h.first(r) })
+	}
+	return p, err
+}
+
+func TestAnAssociationMayDeliverWhileItIsBeingOpened(t *testing.T) {
+	h := &hasty{first: func(r tunnel.Receiver) {
+		for range 20 {
+			r.Deliver([]byte("early"), alpha.AddrPort())
+		}
+	}}
+	p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{Next: h})
+	for range 20 {
+		in := newInbox()
+		a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
+		a.Send([]byte("x"), alpha)
+		next(t, in.got)
+		h.done.Wait()
+		a.Close()
+	}
+}
+
+func TestAnAssociationMayEndWhileItIsBeingOpened(t *testing.T) {
+	h := &hasty{first: func(r tunnel.Receiver) {
+		r.Closed(tunnel.Errorf(tunnel.TimedOut, "over"))
+	}}
+	p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{Next: h})
+	for range 20 {
+		in := newInbox()
+		a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
+		a.Send([]byte("x"), alpha)
+		if err := next(t, in.closed); tunnel.CodeOf(err) != tunnel.TimedOut {
+			t.Errorf("closed: %v", err)
+		}
+		h.done.Wait()
+	}
+	eventually(t, "nothing is left at the far end", func() bool { return p.far.Live() == 0 })
+}
+
 func TestAClosedThatOvertakesTheFirstDatagramLeavesNothingOpen(t *testing.T) {
 	p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{})
 	if err := p.far.handle(wire.Message{Closed: &wire.Closed{Association: 7}}); err != nil {
@@ -352,8 +401,8 @@ func TestAClosedThatOvertakesTheFirstDatagramLeavesNothingOpen(t *testing.T) {
 
 func TestAContextThatMovesBetweenAssociationsCostsNoMemory(t *testing.T) {
 	p := newPlane(0, &media.Drops{}, bulk.New())
-	a := p.add(&leg{id: 1, deliver: func([]byte, tunnel.Target) {}})
-	b := p.add(&leg{id: 2, deliver: func([]byte, tunnel.Target) {}})
+	a := p.add(&leg{plane: p, id: 1, deliver: func([]byte, tunnel.Target) {}})
+	b := p.add(&leg{plane: p, id: 2, deliver: func([]byte, tunnel.Target) {}})
 	for n := range uint16(1000) {
 		for id := uint32(1); id <= 2; id++ {
 			p.receive(nil, (&wire.Header{Context: 5, Number: n, Full: true, Association: id, Target: alpha}).Append(nil))
@@ -491,7 +540,7 @@ func TestASteadyDatagramCostsFewAllocations(t *testing.T) {
 	defer pl.close()
 	pl.addWay(wire.WaySealed, sink{})
 	y := pl.ways[wire.WaySealed]
-	l := pl.add(&leg{id: 1, deliver: func([]byte, tunnel.Target) {}})
+	l := pl.add(&leg{plane: pl, id: 1, deliver: func([]byte, tunnel.Target) {}})
 	payload := make([]byte, 800)
 	l.send(payload, alpha)
 	y.receive((&wire.Notice{Ack: 1}).Append(nil))
