@@ -129,9 +129,9 @@ func (r *Room) Add(w tunnel.Way, recv func(p []byte)) {
 	for c := range o.rings {
 		o.rings[c].class = c
 	}
-	w.Start(recv, func() { r.writable(o) })
-	r.mu.Lock()
+	r.mu.Lock() // before Start: what recv answers at once waits until o is there
 	defer r.mu.Unlock()
+	w.Start(recv, func() { r.writable(o) })
 	o.slow.Store(r.rate > 0)
 	r.outlets = append(r.outlets, o)
 	r.spread.Add(1)

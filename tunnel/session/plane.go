@@ -142,6 +142,9 @@ func (p *plane) addWay(kind wire.Way, t tunnel.Way) {
 		p.ways[kind] = y
 	}
 	p.mu.Unlock()
+	if p.using.Load() == nil {
+		p.choose() // before anything comes by it, which may be answered at once
+	}
 	y.add(t)
 	p.choose()
 }
