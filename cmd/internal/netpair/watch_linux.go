@@ -28,10 +28,8 @@ type Watch struct {
 	end  atomic.Bool
 	wg   sync.WaitGroup
 	once sync.Once
-
-	mu   sync.Mutex // guards seen
-	seen Seen
 	port uint16
+	seen Seen // of the reading goroutine, until it has ended
 }
 
 // Watch begins to capture. port is where the cloud proxy listens, at Far.
@@ -91,18 +89,9 @@ func (w *Watch) read() {
 			w.t.Errorf("the capture: %v", err)
 			return
 		default:
-			w.mu.Lock()
 			w.seen.add(b[:n], w.port)
-			w.mu.Unlock()
 		}
 	}
-}
-
-// Sees reports whether ok holds of what has been seen so far.
-func (w *Watch) Sees(ok func(Seen) bool) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return ok(w.seen)
 }
 
 // Stop ends the capture and returns what was seen. It fails the test when a
