@@ -2,12 +2,14 @@ package uplink
 
 import (
 	"context"
+	"os"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"culvert/tunnel/media"
 	"culvert/tunnel/session"
 	"culvert/tunnel/wire"
 )
@@ -154,5 +156,25 @@ func TestInDoubtDatagramsGoBothWays(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// What status says stands in docs/media.md, word for word.
+func TestTheDocumentExplainsWhatIsSaid(t *testing.T) {
+	text, err := os.ReadFile("../../docs/media.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := []string{noSealed, wayAtHand[wire.WayDatagram], wayAtHand[wire.WayLanes]}
+	for _, w := range []wire.Way{wire.WaySealed, wire.WayDatagram, wire.WayLanes} {
+		words = append(words, "| `"+w.String()+"` |")
+	}
+	for r := media.Aged; r <= media.FrameShed; r++ {
+		words = append(words, "`"+r.String()+"`")
+	}
+	for _, w := range words {
+		if !strings.Contains(string(text), w) {
+			t.Errorf("docs/media.md does not mention %q", w)
+		}
 	}
 }
