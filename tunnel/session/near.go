@@ -374,7 +374,7 @@ func (n *Near) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, e
 		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy allows %d associations in a session and all are in use; close some, or have the limit raised", limit)
 	}
 	n.nextID++
-	p := &nearPackets{near: n, id: n.nextID, held: by.Held, r: r}
+	p := &nearPackets{near: n, id: n.nextID, by: by, r: r}
 	p.attach(n.current)
 	n.assocs[p.id] = p
 	if len(n.assocs) == 1 {
@@ -387,14 +387,14 @@ func (n *Near) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, e
 type nearPackets struct {
 	near *Near
 	id   uint32
-	held bool
+	by   tunnel.Peer
 	r    tunnel.Receiver
 	leg  atomic.Pointer[leg]
 }
 
 // attach moves the association to a session. near.mu is held.
 func (p *nearPackets) attach(a *Attached) {
-	l := a.plane.add(&leg{plane: a.plane, id: p.id, held: p.held, deliver: p.deliver, unreachable: p.unreachable})
+	l := a.plane.add(&leg{plane: a.plane, id: p.id, held: p.by.Held, deliver: p.deliver, unreachable: p.unreachable})
 	if old := p.leg.Swap(l); old != nil {
 		old.plane.remove(old)
 	}

@@ -77,10 +77,11 @@ func (c *callee) Closed(error)                      {}
 
 var mediaAt = tunnel.TargetOf(netip.MustParseAddrPort("203.0.113.9:3478"))
 
-// call sends 50 datagrams a second until ctx ends.
+// call sends 50 datagrams a second until ctx ends. None may come back twice.
 func (r *running) call(ctx context.Context) (ended <-chan struct{}) {
 	r.t.Helper()
-	a, err := r.OpenPackets(tunnel.Peer{}, &callee{})
+	c := &callee{}
+	a, err := r.OpenPackets(tunnel.Peer{}, c)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -88,9 +89,13 @@ func (r *running) call(ctx context.Context) (ended <-chan struct{}) {
 	go func() {
 		defer close(done)
 		defer a.Close()
-		for ctx.Err() == nil {
+		var sent int64
+		for ; ctx.Err() == nil; sent++ {
 			a.Send(make([]byte, 800), mediaAt)
 			time.Sleep(20 * time.Millisecond)
+		}
+		if got := c.got.Load(); got == 0 || got > sent {
+			r.t.Errorf("of %d datagrams %d came back", sent, got)
 		}
 	}()
 	return done
