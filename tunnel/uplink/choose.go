@@ -152,7 +152,9 @@ func listen(ctx context.Context, at ways) (why string) {
 			quiet = now.Sub(s.Heard)
 		}
 		shut := s.Lost > gone && now.Sub(s.Reported) < deaf
-		if quiet <= doubt && !shut {
+		// Where only our direction is shut the peer, which hears us by the other
+		// way, is still heard: then only an answer ends the doubt.
+		if quiet <= doubt && !shut && (since.IsZero() || s.Small.After(since)) {
 			if !both.IsZero() && !once {
 				at.Use(wire.WaySealed, wire.NoWay)
 			}
@@ -169,7 +171,7 @@ func listen(ctx context.Context, at ways) (why string) {
 		}
 		asked := since // an answer counts from here on
 		switch {
-		case quiet <= deaf && !shut:
+		case now.Sub(since) < deaf-doubt && !shut:
 			asked = now // too early
 		case congested:
 		case both.IsZero():
@@ -185,6 +187,9 @@ func listen(ctx context.Context, at ways) (why string) {
 		if at.Way(wire.WayDatagram).Small.After(asked) {
 			if shut {
 				return fmt.Sprintf("%.0f %% of our sealed packets were lost, QUIC DATAGRAM passes", 100*s.Lost)
+			}
+			if quiet <= deaf {
+				return fmt.Sprintf("no sealed packet was answered for %v, QUIC DATAGRAM passes", now.Sub(since).Round(time.Millisecond))
 			}
 			return fmt.Sprintf("nothing came by sealed packets for %v, QUIC DATAGRAM passes", quiet.Round(time.Millisecond))
 		}

@@ -23,7 +23,9 @@ type twoWays struct {
 	lost     bool       // all that we seal is lost, and the peer says so
 	delay    time.Duration
 	heard    time.Time // by sealed packets
+	mute     bool      // nothing that we seal arrives; the peer is heard while it hears us
 	answered time.Time // by DATAGRAM
+	small    time.Time // by sealed packets
 	uses     []use
 	probes   int
 }
@@ -39,10 +41,10 @@ func (w *twoWays) Way(k wire.Way) session.WayState {
 	if k == wire.WayDatagram {
 		return session.WayState{Present: true, Small: w.answered}
 	}
-	s := session.WayState{Present: true, Heard: w.heard, Delay: w.delay}
-	if w.sealed {
-		s.Heard = time.Now()
+	if w.sealed && (!w.mute || len(w.uses) > 0 && w.uses[len(w.uses)-1].Also == wire.WayDatagram) {
+		w.heard = time.Now()
 	}
+	s := session.WayState{Present: true, Heard: w.heard, Delay: w.delay, Small: w.small}
 	if w.lost {
 		s.Lost, s.Reported = 1, time.Now()
 	}
@@ -59,12 +61,18 @@ func (w *twoWays) Probe(k wire.Way, _ bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.probes++
-	if k == wire.WayDatagram && w.datagram {
+	answer := func(at *time.Time) {
 		time.AfterFunc(20*time.Millisecond, func() {
 			w.mu.Lock()
 			defer w.mu.Unlock()
-			w.answered = time.Now()
+			*at = time.Now()
 		})
+	}
+	switch {
+	case k == wire.WayDatagram && w.datagram:
+		answer(&w.answered)
+	case k == wire.WaySealed && w.sealed && !w.lost && !w.mute:
+		answer(&w.small)
 	}
 }
 
@@ -92,13 +100,14 @@ func TestInDoubtDatagramsGoBothWays(t *testing.T) {
 		last  time.Duration // how long both were used at most
 		why   string        // why sealed packets were left; "": they were not
 	}{
-		"nothing comes":                 {func(w *twoWays) { w.sealed = false }, 0, 600 * time.Millisecond, []wire.Use{both}, 150 * time.Millisecond, "nothing came by sealed packets for"},
-		"nothing of ours arrives":       {func(w *twoWays) { w.lost = true }, 0, 0, []wire.Use{both}, 150 * time.Millisecond, "100 % of our sealed packets were lost"},
-		"nothing comes by either":       {func(w *twoWays) { w.sealed, w.datagram = false, false }, 0, 600 * time.Millisecond, []wire.Use{both, one}, maxBoth + 100*time.Millisecond, ""},
-		"both are back":                 {func(w *twoWays) { w.sealed, w.datagram = false, false }, time.Second, 600 * time.Millisecond, []wire.Use{both, one}, 500 * time.Millisecond, ""},
-		"a short silence":               {func(w *twoWays) { w.sealed = false }, 500 * time.Millisecond, 0, nil, 0, ""},
-		"delay had risen":               {func(w *twoWays) { w.sealed, w.delay = false, 200*time.Millisecond }, 0, 0, nil, 0, "nothing came by sealed packets for"},
-		"delay had risen, ours is lost": {func(w *twoWays) { w.lost, w.delay = true, 200*time.Millisecond }, 0, 0, nil, 0, "100 % of our sealed packets were lost"},
+		"nothing comes":                  {func(w *twoWays) { w.sealed = false }, 0, 600 * time.Millisecond, []wire.Use{both}, 150 * time.Millisecond, "nothing came by sealed packets for"},
+		"nothing of ours arrives":        {func(w *twoWays) { w.lost = true }, 0, 0, []wire.Use{both}, 150 * time.Millisecond, "100 % of our sealed packets were lost"},
+		"the peer hears nothing of ours": {func(w *twoWays) { w.mute = true }, 0, 600 * time.Millisecond, []wire.Use{both}, 150 * time.Millisecond, "no sealed packet was answered for"},
+		"nothing comes by either":        {func(w *twoWays) { w.sealed, w.datagram = false, false }, 0, 600 * time.Millisecond, []wire.Use{both, one}, maxBoth + 100*time.Millisecond, ""},
+		"both are back":                  {func(w *twoWays) { w.sealed, w.datagram = false, false }, time.Second, 600 * time.Millisecond, []wire.Use{both, one}, 500 * time.Millisecond, ""},
+		"a short silence":                {func(w *twoWays) { w.sealed = false }, 500 * time.Millisecond, 0, nil, 0, ""},
+		"delay had risen":                {func(w *twoWays) { w.sealed, w.delay = false, 200*time.Millisecond }, 0, 0, nil, 0, "nothing came by sealed packets for"},
+		"delay had risen, ours is lost":  {func(w *twoWays) { w.lost, w.delay = true, 200*time.Millisecond }, 0, 0, nil, 0, "100 % of our sealed packets were lost"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
