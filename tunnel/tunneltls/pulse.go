@@ -144,8 +144,8 @@ func (w *lane) watchOnce() {
 // Lanes is how many lanes a session should have as far as this end is
 // concerned: 4 where its TCP can use BBR, 8 where it can not. With 4 × 100
 // datagrams a second of 800 bytes, 20 ms each way and 3 % loss per direction,
-// about 99.3 % then arrive within 100 ms each way with BBR on four, 98.5 % with
-// CUBIC on eight.
+// about 99.8 % then come back with at most 100 ms each way, with BBR on four and
+// with CUBIC on eight alike; without what Overdue offers 98.1 %.
 func Lanes() int {
 	if bbr() {
 		return 4
