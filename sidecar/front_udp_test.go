@@ -467,7 +467,7 @@ func TestIdleAssociationsAreSmall(t *testing.T) {
 		frontAssociate(t, f, frontUnnamed)
 	}
 	// The client's end in this process is part of it.
-	if each := (used() - before) / count; each > 8<<10 {
+	if each := int64(used()-before) / count; each > 8<<10 { // it can be negative: what was warmed up may have gone
 		t.Errorf("%d bytes for each idle association", each)
 	} else {
 		t.Logf("%d bytes for each idle association and its client", each)

@@ -51,12 +51,15 @@ func (r *receiver) Deliver(p []byte, from netip.AddrPort) {
 func (r *receiver) Unreachable(to netip.AddrPort, err error) { r.unreachable <- problem{to, err} }
 func (r *receiver) Closed(err error)                         { r.closed <- err }
 
+// patience is how long the tests wait for what must come, on a slow machine too.
+const patience = time.Minute
+
 func take[T any](t testing.TB, c <-chan T, what string) (v T) {
 	t.Helper()
 	select {
 	case v = <-c:
-	case <-time.After(5 * time.Second):
-		t.Fatalf("no %s within 5 s", what)
+	case <-time.After(patience):
+		t.Fatalf("no %s within %v", what, patience)
 	}
 	return v
 }
@@ -89,7 +92,7 @@ func listen(t testing.TB, addr string) (*net.UDPConn, netip.AddrPort) {
 		t.Skipf("no %s here: %v", addr, err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	a := c.LocalAddr().(*net.UDPAddr).AddrPort()
 	return c, netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 }
@@ -329,7 +332,7 @@ func dialPair(t *testing.T, e *Egress) (tunnel.Stream, *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close(); c.Close() })
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	return s, c.(*net.TCPConn)
 }
 

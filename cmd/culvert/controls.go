@@ -271,6 +271,17 @@ func controlPrintChannels(w io.Writer, list []control.Channel) error {
 	return nil
 }
 
+// controlCounts names the reasons that are not zero, in order.
+func controlCounts(m map[string]uint64) string {
+	var counts []string
+	for _, reason := range slices.Sorted(maps.Keys(m)) {
+		if n := m[reason]; n > 0 {
+			counts = append(counts, fmt.Sprintf("%s %d", reason, n))
+		}
+	}
+	return strings.Join(counts, ", ")
+}
+
 // controlPrintStatus prints one screen.
 func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
@@ -312,13 +323,14 @@ func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 	row("open now", "%d associations, %d streams", st.Associations, st.Streams)
 	row("datagrams", "%d up (%d bytes), %d down (%d bytes)", st.Tunnel.DatagramsUp, st.Tunnel.DatagramBytesUp, st.Tunnel.DatagramsDown, st.Tunnel.DatagramBytesDn)
 	row("stream bytes", "%d up, %d down", st.Tunnel.StreamBytesUp, st.Tunnel.StreamBytesDown)
-	dropped := []string{}
-	for _, reason := range slices.Sorted(maps.Keys(st.Dropped)) {
-		if n := st.Dropped[reason]; n > 0 {
-			dropped = append(dropped, fmt.Sprintf("%s %d", reason, n))
+	row("dropped", "%s", policyOr(controlCounts(st.Dropped), "none"))
+	for _, l := range st.Losers {
+		who := l.From.String()
+		if l.User != "" {
+			who += ", user " + l.User
 		}
+		row("", "of the association of %s: %s", who, controlCounts(l.Dropped))
 	}
-	row("dropped", "%s", policyOr(strings.Join(dropped, ", "), "none"))
 	if st.Version != "" {
 		row("version", "%s, up %s", st.Version, st.Uptime.Round(time.Second))
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -26,6 +27,7 @@ func (f controlsFake) Status() control.Status {
 		State: "running", Mode: tunnel.ModeAuto, Since: time.Now(), Associations: 3,
 		Link:     tunnel.LinkState{Phase: tunnel.LinkUp, Carrier: "quic", Way: "quic-datagram", Why: "QUIC answered first", Info: tunnel.ProxyInfo{Proxies: []tunnel.ProxyAddr{{Address: "proxy.example:443", Region: "eu"}}}},
 		Channels: []control.Channel{controlsCall}, Dropped: map[string]uint64{"too_old": 4, "none": 0},
+		Losers: []control.Loser{{From: netip.MustParseAddrPort("127.0.0.1:4711"), User: "ward", Dropped: map[string]uint64{"queue_age": 3}}},
 	}
 }
 func (f controlsFake) Start(context.Context, tunnel.Mode) (bool, error) { return f.already, nil }
@@ -89,6 +91,7 @@ func TestControlCommands(t *testing.T) {
 		{"stop --no-such-flag", 2, "", ""},
 		{"status", 0, "QUIC answered first", ""},
 		{"status", 0, "too_old 4\n", ""},
+		{"status", 0, "of the association of 127.0.0.1:4711, user ward: queue_age 3\n", ""},
 		{"status", 0, "proxy.example:443, region eu", ""},
 		{"status", 0, "3 associations", ""},
 		{"status --json", 0, `"carrier": "quic"`, ""},

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"net/netip"
 	"time"
 
 	"culvert/tunnel"
@@ -29,6 +30,18 @@ type Status struct {
 	Associations int               `json:"associations"`
 	Channels     []Channel         `json:"channels"`
 	Dropped      map[string]uint64 `json:"dropped,omitempty"` // datagrams by reason, all parts together
+	Losers       []Loser           `json:"losers,omitempty"`  // open associations that lost most to waiting, at most MaxLosers
+}
+
+// MaxLosers bounds Status.Losers.
+const MaxLosers = 10
+
+// Loser is an open association of which the sidecar has dropped something since
+// the present session began.
+type Loser struct {
+	From    netip.AddrPort    `json:"from"` // the connection of the app that asked for it
+	User    string            `json:"user,omitempty"`
+	Dropped map[string]uint64 `json:"dropped"` // datagrams by reason
 }
 
 // Channel is an app that is in a channel.

@@ -10,5 +10,8 @@
 // association. Within one SSRC, and within an association that shows none,
 // what waits leaves in the order in which it came. Sealed packets keep what
 // PROTOCOL.md 5.4 promises: confidentiality, integrity, no replay, one key for
-// one direction and epoch. It does not choose ways, retransmit, hide sizes, or look beyond the first bytes of a datagram.
+// one direction and epoch. Of
+// several lanes each carries once more what another may have lost. It does not
+// choose ways, retransmit otherwise, hide sizes, or look beyond the first bytes
+// of a datagram.
 package media

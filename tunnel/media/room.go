@@ -28,6 +28,8 @@ const (
 	burst = 20 * time.Millisecond
 	// soundLeaves is the part of a shaped rate that pictures are reckoned to get.
 	soundLeaves = 0.85
+	// lookEvery is how often lanes are asked what is overdue, while something is sent.
+	lookEvery = 5 * time.Millisecond
 	// maxFresh is how long what an outlet last said of its Max is believed.
 	maxFresh = 100 * time.Millisecond
 )
@@ -48,9 +50,14 @@ const (
 //	writable, the clock, a new arrival -> pump: high before low, deficit round robin in each ring
 //
 // An outlet is a way; only lanes are several in one room. An association stays
-// with one outlet, so that nothing of it is reordered, and leaves it when that
-// has been blocked for 20 ms, has stalled, has failed or is removed. When an outlet is
-// added the associations are spread anew, each once.
+// with one outlet, its home, so that nothing of it is reordered, and leaves it
+// while that has been blocked for 20 ms or has stalled, and for good when it has failed or is
+// removed. When an outlet is added the associations are spread anew, each once.
+// So each outlet keeps its share of them, which is what shows a lane's
+// TCP quickly that a packet is lost.
+//
+// What a lane has taken and does not know to have arrived in time goes once
+// more, on another one; the far end drops whichever comes later.
 type Room struct {
 	age   time.Duration
 	drops *Drops
@@ -59,11 +66,13 @@ type Room struct {
 
 	only    atomic.Pointer[outlet] // the outlet, while there is exactly one
 	spread  atomic.Uint32          // counts Adds; written under mu
+	looked  atomic.Int64           // when the lanes were last asked what is overdue, in Unix ns
 	waiting atomic.Int64           // datagrams that wait; written under mu
 
 	mu      sync.Mutex // guards the fields below and seats; taken before no other lock but a way's
 	outlets []*outlet
-	turn    int // the outlet for the next new association
+	turn    int // the outlet to be tried next where any will do
+	homes   int // the home of the next association
 	bytes   int // of buffers that wait
 	seated  int // seats where something waits
 	rate    float64
@@ -79,6 +88,7 @@ var rooms atomic.Uint32
 type outlet struct {
 	way     tunnel.Way
 	stalled func() bool // nil: it can not tell
+	lane    repeater    // nil: it does not know what arrives
 	// slow is false while datagrams may go straight to the way.
 	slow atomic.Bool
 
@@ -87,6 +97,7 @@ type outlet struct {
 	waiting int
 	blocked bool      // Send was refused and writable has not been called since
 	since   time.Time // blocked since then
+	late    bool      // something in it is overdue
 	failed  bool      // Send returned another error
 	gone    bool      // removed
 	max     int       // what the way's Max returned
@@ -99,10 +110,12 @@ type seat struct {
 	line   *Line
 	older  *seat                  // the line's next seat; guarded by its mu
 	out    atomic.Pointer[outlet] // written under the room's mu
+	away   atomic.Bool            // out is not home; written under the room's mu
 	double atomic.Bool            // small packets go twice; written under the room's mu
-	spread atomic.Uint32          // Room.spread when the outlet was chosen; written under the room's mu
+	spread atomic.Uint32          // Room.spread when home was chosen; written under the room's mu
 
 	// Guarded by the room's mu.
+	home    *outlet
 	queues  [classes]queue
 	waiting int
 	bytes   int
@@ -118,20 +131,32 @@ func NewRoom(age time.Duration, drops *Drops) *Room {
 	return &Room{age: age, drops: drops, id: uint16(rooms.Add(1))}
 }
 
+// A repeater is a way that knows what has become of what it has taken.
+type repeater interface {
+	// Overdue offers to again, oldest first, the datagrams that may be lost or
+	// held up, each until again returns true. It returns whether there are any.
+	Overdue(again func(p []byte, since time.Time) bool) bool
+	// Resend sends a copy of what another one took at since.
+	Resend(p []byte, since time.Time) error
+}
+
 // Add starts w with recv and makes it an outlet of the room. A way that has a
 // method Stalled() bool is passed over while that returns true; it is called
-// for each datagram and must be cheap and safe for concurrent use.
+// for each datagram and must be cheap and safe for concurrent use. For what a
+// way may have beside, so that others send again what may be lost there, see
+// repeater.
 func (r *Room) Add(w tunnel.Way, recv func(p []byte)) {
 	o := &outlet{way: w}
 	if s, ok := w.(interface{ Stalled() bool }); ok {
 		o.stalled = s.Stalled
 	}
+	o.lane, _ = w.(repeater)
 	for c := range o.rings {
 		o.rings[c].class = c
 	}
-	w.Start(recv, func() { r.writable(o) })
-	r.mu.Lock()
+	r.mu.Lock() // before Start: what recv answers at once waits until o is there
 	defer r.mu.Unlock()
+	w.Start(recv, func() { r.writable(o) })
 	o.slow.Store(r.rate > 0)
 	r.outlets = append(r.outlets, o)
 	r.spread.Add(1)
@@ -187,7 +212,8 @@ func (r *Room) Send(l *Line, record, payload []byte) error {
 	o := r.only.Load()
 	if o == nil {
 		// Several outlets, or none.
-		if s := l.seat(r); s.double.Load() {
+		r.repeat()
+		if s := l.seat(r); s.double.Load() || s.away.Load() {
 			return r.admit(l, m, record, nil)
 		} else if o = s.out.Load(); o == nil || s.spread.Load() != r.spread.Load() || o.stalled != nil && o.stalled() {
 			return r.admit(l, m, record, nil)
@@ -206,6 +232,48 @@ func (r *Room) Send(l *Line, record, payload []byte) error {
 	default:
 		return r.admit(l, m, record, o)
 	}
+}
+
+// repeat has what is overdue in a lane go once more on another.
+func (r *Room) repeat() {
+	now := time.Now()
+	last := r.looked.Load()
+	if now.UnixNano()-last < int64(lookEvery) || !r.looked.CompareAndSwap(last, now.UnixNano()) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, o := range r.outlets {
+		if o.lane == nil {
+			continue
+		}
+		o.late = o.lane.Overdue(func(p []byte, since time.Time) bool {
+			to := r.healthyLocked(o, now)
+			return to != nil && to.lane.Resend(p, since) == nil
+		})
+	}
+}
+
+// healthyLocked returns a lane in turn for copies of what is in another one:
+// if possible one in which nothing is overdue. nil: there is none, or the
+// copies would take what others wait for.
+func (r *Room) healthyLocked(not *outlet, now time.Time) (to *outlet) {
+	if r.rate > 0 {
+		return nil
+	}
+	for range r.outlets {
+		o := r.pickLocked(not, now)
+		if o == nil {
+			break
+		}
+		if o.lane == nil || o.waiting > 0 {
+			continue
+		}
+		if to = o; !o.late {
+			break
+		}
+	}
+	return to
 }
 
 // admit is Send where the straight way is not open. failed is an outlet that
@@ -273,23 +341,31 @@ func (r *Room) pickLocked(not *outlet, now time.Time) *outlet {
 // placeLocked returns the outlet of a seat, chosen anew where there is reason
 // to; nil: the room has none.
 func (r *Room) placeLocked(s *seat, now time.Time) *outlet {
-	o := s.out.Load()
 	if len(r.outlets) == 0 {
 		return nil
 	}
-	anew := o == nil || o.gone || s.waiting == 0 && s.spread.Load() != r.spread.Load()
-	if !anew && (len(r.outlets) == 1 || !o.shunned(now)) {
-		return o
-	}
-	to := r.pickLocked(nil, now)
-	if to == nil && anew {
-		to = r.outlets[r.turn%len(r.outlets)]
-	}
-	if to == nil || to == o {
+	if s.home == nil || s.home.gone || s.spread.Load() != r.spread.Load() {
+		s.home = r.outlets[r.homes%len(r.outlets)]
+		r.homes = (r.homes + 1) % len(r.outlets)
 		s.spread.Store(r.spread.Load())
-		return o
 	}
-	r.moveLocked(s, to, now)
+	o := s.out.Load()
+	none := o == nil || o.gone
+	to := o
+	switch {
+	case (none || s.waiting == 0) && !s.home.blocked && !s.home.shunned(now):
+		to = s.home
+	case none || o.shunned(now):
+		if next := r.pickLocked(nil, now); next != nil {
+			to = next
+		} else if none {
+			to = s.home
+		}
+	}
+	if to != o {
+		r.moveLocked(s, to, now)
+	}
+	s.away.Store(to != s.home)
 	return to
 }
 
@@ -312,7 +388,7 @@ func (r *Room) moveLocked(s *seat, to *outlet, now time.Time) {
 	}
 	to.waiting += s.waiting
 	s.out.Store(to)
-	s.spread.Store(r.spread.Load())
+	s.away.Store(to != s.home)
 	to.flagLocked(r)
 }
 

@@ -420,7 +420,7 @@ func TestAssociationsSpreadAndStayWithTheirOutlet(t *testing.T) {
 	}
 }
 
-func TestAnAssociationLeavesAnOutletThatIsBlockedFor20ms(t *testing.T) {
+func TestAnAssociationIsAwayFromAnOutletThatIsBlockedFor20ms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, gs := lanes(2)
 		var l Line
@@ -443,10 +443,11 @@ func TestAnAssociationLeavesAnOutletThatIsBlockedFor20ms(t *testing.T) {
 		if got := other.take(); !slices.Equal(got, []string{"1", "2"}) {
 			t.Errorf("after 30 ms the other outlet has %q", got)
 		}
-		mine.open()
 		send(t, r, &l, "3")
-		if got := other.take(); !slices.Equal(got, []string{"3"}) {
-			t.Errorf("it does not stay where it is: %q", got)
+		mine.open()
+		send(t, r, &l, "4")
+		if here, there := mine.take(), other.take(); !slices.Equal(there, []string{"3"}) || !slices.Equal(here, []string{"4"}) {
+			t.Errorf("it does not return: the other has %q, its own %q", there, here)
 		}
 	})
 }
@@ -504,6 +505,72 @@ func TestAStalledOutletIsPassedOverAndSmallPacketsGoTwice(t *testing.T) {
 			t.Errorf("long after the stall: sent %v", m)
 		}
 	})
+}
+
+// keeper is a gate that knows what is overdue in it.
+type keeper struct {
+	*gate
+	overdue []string
+	since   time.Time // of all in overdue
+}
+
+func (k *keeper) Overdue(again func(p []byte, since time.Time) bool) bool {
+	late := len(k.overdue) > 0
+	for len(k.overdue) > 0 && again([]byte(k.overdue[0]), k.since) {
+		k.overdue = k.overdue[1:]
+	}
+	return late
+}
+
+func (k *keeper) Resend(p []byte, since time.Time) error {
+	return k.Send(fmt.Appendf(nil, "%s of %v", p, since.UnixMilli()))
+}
+
+func TestWhatIsOverdueGoesOnceMoreOnAHealthyOutlet(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(r *Room, ks []*keeper)
+		want   [4]int // copies by outlet; the first has three overdue, the last one
+	}{
+		"in turn, on those in which nothing is overdue": {func(*Room, []*keeper) {}, [4]int{0, 2, 2, 0}},
+		"not on a stalled one":                          {func(_ *Room, ks []*keeper) { ks[1].stuck = true }, [4]int{0, 0, 4, 0}},
+		"on others where there is no better":            {func(_ *Room, ks []*keeper) { ks[1].stuck, ks[2].stuck = true, true }, [4]int{1, 0, 0, 3}},
+		"not when all others are stalled":               {func(_ *Room, ks []*keeper) { ks[1].stuck, ks[2].stuck, ks[3].stuck = true, true, true }, [4]int{1, 0, 0, 0}},
+		"not while the room is shaped":                  {func(r *Room, _ []*keeper) { r.Shape(1e9) }, [4]int{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := NewRoom(0, &Drops{})
+				ks := make([]*keeper, 4)
+				for i := range ks {
+					ks[i] = &keeper{gate: newGate(), since: time.UnixMilli(77)}
+					r.Add(ks[i], nil)
+				}
+				ks[0].overdue, ks[3].overdue = []string{"a", "b", "c"}, []string{"d"}
+				r.looked.Store(time.Now().UnixNano())
+				var l Line
+				send(t, r, &l, "too soon")
+				if len(ks[0].overdue) != 3 {
+					t.Error("it asked too soon")
+				}
+				// That they are late is known from the last look.
+				r.outlets[0].late, r.outlets[3].late = true, true
+				c.change(r, ks)
+				time.Sleep(lookEvery)
+				send(t, r, &l, "news")
+				for i, k := range ks {
+					copies := 0
+					for _, p := range k.take() {
+						if strings.HasSuffix(p, " of 77") {
+							copies++
+						}
+					}
+					if copies != c.want[i] {
+						t.Errorf("outlet %d carried %d copies; want %d", i, copies, c.want[i])
+					}
+				}
+			})
+		})
+	}
 }
 
 func TestAnOutletThatFailsLosesNothingOfTheOthers(t *testing.T) {

@@ -38,6 +38,9 @@ type Config struct {
 	// Detached is called on a goroutine of its own when the carrier stream has
 	// failed and another is needed. May be nil.
 	Detached func(error)
+	// Over is called on a goroutine of its own when Done has been closed. May be
+	// nil.
+	Over func()
 }
 
 // A Conn is a tunnel.Stream.
@@ -279,6 +282,9 @@ func (c *Conn) overLocked(told bool) {
 		}
 	}
 	close(c.done)
+	if c.cfg.Over != nil {
+		go c.cfg.Over()
+	}
 	c.cond.Broadcast()
 }
 

@@ -101,6 +101,7 @@ func NewFar(cfg FarConfig) *Far {
 	f.ctx, f.stop = context.WithCancelCause(context.Background())
 	f.hold = time.AfterFunc(f.cfg.Hold, f.expire)
 	context.AfterFunc(f.ctx, func() {
+		f.expireLines(context.Cause(f.ctx))
 		f.work.Wait()
 		if f.cfg.Ended != nil {
 			f.cfg.Ended(context.Cause(f.ctx))
@@ -296,8 +297,7 @@ func refuse(s tunnel.Stream, why error) {
 func (f *Far) handle(m wire.Message) error {
 	switch {
 	case m.End != nil:
-		f.Close(errEnded)
-		return nil
+		return errEnded
 	case m.Closed == nil:
 		return nil // of a newer minor version
 	}
@@ -324,20 +324,20 @@ func (f *Far) serveTarget(s tunnel.Stream, want *wire.Stream) {
 		refuse(s, err)
 		return
 	}
-	line := f.newLine()
-	if err := f.addLine(want.Number, line, func() {
+	line, err := f.addLine(want.Number, func(line *resume.Conn) {
 		defer f.streams.Add(-1)
 		unhook := context.AfterFunc(f.ctx, func() { out.Abort(context.Cause(f.ctx)) })
 		defer unhook()
 		tunnel.Splice(f.pacer.Wrap(line), out)
-	}); err != nil {
+	})
+	if err != nil {
 		f.streams.Add(-1)
 		out.Abort(err)
 		refuse(s, err)
 		return
 	}
 	if wire.Write(s, wire.Message{Opened: &wire.Opened{}}) != nil || line.Attach(early, 0) != nil {
-		line.Abort(tunnel.Errorf(tunnel.CloudUnreachable, "the sidecar was lost while the stream was being opened")) // it does not know of this stream
+		line.Expire(tunnel.Errorf(tunnel.CloudUnreachable, "the sidecar was lost while the stream was being opened")) // it does not know of this stream
 	}
 }
 
@@ -411,6 +411,7 @@ type farPackets struct {
 	far  *Far
 	leg  *leg
 	next tunnel.Packets
+	over error // given to Closed; guarded by far.mu
 }
 
 // endedRest is longer than a record can be under way; maxEnded bounds memory.
@@ -458,6 +459,12 @@ func (f *Far) open(id uint32, held bool) *leg {
 	case f.assocs == nil || ended: // the session or the association has ended meanwhile
 		f.mu.Unlock()
 		p.next.Close()
+		return nil
+	case p.over != nil: // it has ended at once
+		f.endLocked(id)
+		f.mu.Unlock()
+		p.next.Close()
+		f.tellClosed(id, p.over)
 		return nil
 	case f.assocs[id] != nil: // another way was faster
 		other := f.assocs[id].leg
@@ -531,6 +538,9 @@ func (p *farPackets) Unreachable(to netip.AddrPort, err error) {
 
 // Closed implements tunnel.Receiver.
 func (p *farPackets) Closed(err error) {
+	p.far.mu.Lock()
+	p.over = err // for open, which may not have taken it in yet
+	p.far.mu.Unlock()
 	if p.far.forget(p) {
 		p.far.tellClosed(p.leg.id, err)
 	}

@@ -3,6 +3,8 @@ package session
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"time"
 
 	"culvert/tunnel"
@@ -20,6 +22,8 @@ const (
 	// lineRest is what lies between attempts to bring a line to a carrier that
 	// takes no streams.
 	lineRest = 100 * time.Millisecond
+	// endTime is how long the sidecar's farewell may take.
+	endTime = time.Second
 	// lineTime bounds one attempt: a carrier that does not answer for this long
 	// is left for another.
 	lineTime = 5 * time.Second
@@ -28,14 +32,38 @@ const (
 // newLine makes a line that seeks a carrier whenever it has lost its own.
 func (a *Attached) newLine(number uint64) *resume.Conn {
 	var line *resume.Conn
-	line = resume.New(resume.Config{Detached: func(error) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if a.ctx.Err() == nil { // within mu, so that Run does not wait too early
-			a.work.Go(func() { a.seek(line, number) })
-		}
-	}})
+	line = resume.New(resume.Config{
+		Detached: func(error) {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			if a.ctx.Err() == nil { // within mu, so that Run does not wait too early
+				a.work.Go(func() { a.seek(line, number) })
+			}
+		},
+		Over: func() {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			delete(a.lines, line)
+		},
+	})
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.ctx.Err() != nil {
+		line.Expire(context.Cause(a.ctx))
+	} else {
+		a.lines[line] = struct{}{}
+	}
 	return line
+}
+
+// expireLines ends all lines with the session.
+func (a *Attached) expireLines(why error) {
+	a.mu.Lock()
+	all := slices.Collect(maps.Keys(a.lines))
+	a.mu.Unlock()
+	for _, line := range all {
+		line.Expire(why)
+	}
 }
 
 // seek brings a line to a carrier.
@@ -109,41 +137,48 @@ func (a *Attached) ask(ctx context.Context, c tunnel.Carrier, m wire.Message) (t
 	return s, answer, nil
 }
 
-// newLine makes a line at the far end, which waits until the near end brings it
-// to a carrier again.
-func (f *Far) newLine() *resume.Conn {
-	return resume.New(resume.Config{Limit: f.cfg.Hold})
-}
-
-// addLine makes a line one of the session's and runs what it is for. It is the
-// session's no longer when serve returns.
-func (f *Far) addLine(number uint64, line *resume.Conn, serve func()) error {
+// addLine makes a line, which waits until the near end brings it to a carrier
+// again, and runs what it is for. It is the session's until it is over: what was
+// written last may have to be said again.
+func (f *Far) addLine(number uint64, serve func(line *resume.Conn)) (*resume.Conn, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
 	case f.ctx.Err() != nil:
-		return context.Cause(f.ctx)
+		return nil, context.Cause(f.ctx)
 	case f.lines[number] != nil:
-		return tunnel.Errorf(tunnel.Internal, "stream %d is open already", number)
+		return nil, tunnel.Errorf(tunnel.Internal, "stream %d is open already", number)
 	}
-	f.lines[number] = line
-	f.work.Go(func() {
-		serve()
-		<-line.Done() // what was written last may have to be said again
+	line := resume.New(resume.Config{Limit: f.cfg.Hold, Over: func() {
 		f.mu.Lock()
+		defer f.mu.Unlock()
 		delete(f.lines, number)
-		f.mu.Unlock()
-	})
-	return nil
+	}})
+	f.lines[number] = line
+	f.work.Go(func() { serve(line) })
+	return line, nil
+}
+
+// expireLines ends all lines with the session.
+func (f *Far) expireLines(why error) {
+	f.mu.Lock()
+	all := slices.Collect(maps.Values(f.lines))
+	f.mu.Unlock()
+	for _, line := range all {
+		line.Expire(why)
+	}
 }
 
 // beginControl makes the control stream, where there is none yet.
 func (f *Far) beginControl() {
-	line := f.newLine()
-	f.addLine(controlNumber, line, func() {
-		unhook := context.AfterFunc(f.ctx, func() { line.Abort(context.Cause(f.ctx)) })
-		defer unhook()
+	f.addLine(controlNumber, func(line *resume.Conn) {
 		err := f.control.run(line, f.cfg.Peered, f.ctx.Done(), f.handle)
+		if err == errEnded { // the sidecar may hear that we agree
+			select {
+			case <-line.Done():
+			case <-time.After(endTime):
+			}
+		}
 		f.Close(err) // nobody can be told anything any more
 	})
 }
@@ -161,7 +196,5 @@ func (f *Far) goOn(s tunnel.Stream, number, received uint64) {
 		s.Abort(err)
 		return
 	}
-	if err := line.Attach(s, received); err != nil {
-		s.Abort(err)
-	}
+	line.Attach(s, received)
 }

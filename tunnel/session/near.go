@@ -111,6 +111,7 @@ type Attached struct {
 
 	mu       sync.Mutex // guards the fields below
 	carriers []*serving // oldest first
+	lines    map[*resume.Conn]struct{}
 	prefer   tunnel.Carrier
 	changed  chan struct{} // closed when carriers or prefer change, then replaced
 }
@@ -127,7 +128,7 @@ type serving struct {
 func (n *Near) Attach(welcome wire.Welcome) *Attached {
 	a := &Attached{
 		near: n, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome,
-		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}),
+		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}), lines: map[*resume.Conn]struct{}{},
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.Background())
 	a.plane.live, a.plane.proved = n.live.Load, a.tellNews
@@ -298,14 +299,17 @@ func (a *Attached) Going() <-chan struct{} { return a.going }
 // Run serves the session until it ends: by End, or at the cloud proxy's word.
 // It returns why; the carriers are still the caller's to remove and to close.
 func (a *Attached) Run() error {
-	unhook := context.AfterFunc(a.ctx, func() { a.line.Abort(context.Cause(a.ctx)) })
+	unhook := context.AfterFunc(a.ctx, func() { a.expireLines(context.Cause(a.ctx)) })
 	defer unhook()
 	a.work.Go(func() { a.seek(a.line, controlNumber) })
 	err := a.control.run(a.line, a.welcome.Version, a.ctx.Done(), a.handle)
 	if a.ctx.Err() != nil {
 		err = context.Cause(a.ctx)
 	}
-	a.stop(err)
+	a.mu.Lock()
+	a.stop(err) // within mu, so that nothing seeks a carrier afterwards
+	a.mu.Unlock()
+	a.expireLines(err)
 	n := a.near
 	n.mu.Lock()
 	if n.current == a {
@@ -322,7 +326,11 @@ func (a *Attached) Run() error {
 
 // End ends the session at this end; streams end with why. The cloud proxy holds
 // it until nothing has served it for some time.
-func (a *Attached) End(why error) { a.stop(why) }
+func (a *Attached) End(why error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stop(why)
+}
 
 // Leave tells the cloud proxy that the session is needed no longer. Run returns
 // when it has agreed.
@@ -482,7 +490,7 @@ func (n *Near) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, e
 		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy allows %d associations in a session and all are in use; close some, or have the limit raised", limit)
 	}
 	n.nextID++
-	p := &nearPackets{near: n, id: n.nextID, held: by.Held, r: r}
+	p := &nearPackets{near: n, id: n.nextID, by: by, r: r}
 	p.attach(n.current)
 	n.assocs[p.id] = p
 	if len(n.assocs) == 1 {
@@ -495,14 +503,14 @@ func (n *Near) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, e
 type nearPackets struct {
 	near *Near
 	id   uint32
-	held bool
+	by   tunnel.Peer
 	r    tunnel.Receiver
 	leg  atomic.Pointer[leg]
 }
 
 // attach moves the association to a session. near.mu is held.
 func (p *nearPackets) attach(a *Attached) {
-	l := a.plane.add(&leg{id: p.id, held: p.held, deliver: p.deliver, unreachable: p.unreachable})
+	l := a.plane.add(&leg{plane: a.plane, id: p.id, held: p.by.Held, deliver: p.deliver, unreachable: p.unreachable})
 	if old := p.leg.Swap(l); old != nil {
 		old.plane.remove(old)
 	}

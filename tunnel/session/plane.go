@@ -142,6 +142,9 @@ func (p *plane) addWay(kind wire.Way, t tunnel.Way) {
 		p.ways[kind] = y
 	}
 	p.mu.Unlock()
+	if p.using.Load() == nil {
+		p.choose() // before anything comes by it, which may be answered at once
+	}
 	y.add(t)
 	p.choose()
 }
@@ -282,8 +285,8 @@ func (p *plane) state(kind wire.Way) WayState {
 	return y.state()
 }
 
+// add takes in a leg of this plane. It may be sending already.
 func (p *plane) add(l *leg) *leg {
-	l.plane = p
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.legs[l.id] = l

@@ -92,6 +92,30 @@ func (o *outlet) Stalled() bool {
 	return ok && s.Stalled()
 }
 
+// Overdue lets the room ask a lane what is not known to have arrived.
+func (o *outlet) Overdue(again func(p []byte, since time.Time) bool) bool {
+	l, ok := o.Way.(interface {
+		Overdue(func([]byte, time.Time) bool) bool
+	})
+	return ok && l.Overdue(again)
+}
+
+// Resend lets the room send a copy of what another lane took at since.
+func (o *outlet) Resend(p []byte, since time.Time) error {
+	l, ok := o.Way.(interface {
+		Resend([]byte, time.Time) error
+	})
+	if !ok {
+		return tunnel.ErrBlocked
+	}
+	err := l.Resend(p, since)
+	if err == nil {
+		o.of.sent.Add(1)
+		o.of.sentBytes.Add(uint64(len(p)))
+	}
+	return err
+}
+
 func newWay(p *plane, kind wire.Way) *way {
 	y := &way{plane: p, kind: kind, room: media.NewRoom(p.age, p.drops)}
 	if kind == wire.WaySealed {

@@ -3,6 +3,7 @@ package session
 import (
 	"bytes"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -64,6 +65,8 @@ func TestDatagramsGoByTheWayThatTheNearEndNames(t *testing.T) {
 	if n.datagrams[0].Load() != 1 || n.datagrams[1].Load() != 1 {
 		t.Errorf("before anything is said QUIC DATAGRAM carried %d up and %d down, want 1 and 1", n.datagrams[1].Load(), n.datagrams[0].Load())
 	}
+	// Datagrams pass before the far end has claimed the IDs of sealed packets.
+	eventually(t, "the far end takes sealed packets", func() bool { return p.far.plane.state(wire.WaySealed).Present })
 	p.at.Probe(wire.WaySealed, false)
 	p.at.Probe(wire.WaySealed, true)
 	eventually(t, "both probes are answered", func() bool {
@@ -219,6 +222,67 @@ func TestReportsEndWithTheDatagrams(t *testing.T) {
 			t.Errorf("%d packets in a minute without datagrams", n)
 		}
 	})
+}
+
+// promptWay brings a probe as soon as it is started.
+type promptWay struct {
+	idleWay
+	sent chan []byte
+}
+
+func (w *promptWay) Start(recv func(p []byte), _ func()) {
+	go recv((&wire.Probe{Nonce: 7}).Append(nil))
+	for range 10 {
+		runtime.Gosched()
+	}
+}
+
+func (w *promptWay) Send(p []byte) error {
+	w.sent <- bytes.Clone(p)
+	return nil
+}
+
+func TestWhatComesAtOnceIsAnsweredByTheNewWay(t *testing.T) {
+	for range 100 {
+		drops := &media.Drops{}
+		p := newPlane(0, drops, bulk.New())
+		first, second := &promptWay{sent: make(chan []byte, 10)}, &promptWay{sent: make(chan []byte, 10)}
+		p.addWay(wire.WayDatagram, first)
+		p.addWay(wire.WaySealed, second)
+		next(t, first.sent)
+		next(t, second.sent)
+		if n := drops.Get(media.NoWay); n != 0 {
+			t.Fatalf("%d answers found no way", n)
+		}
+		p.close()
+	}
+}
+
+// promptEcho brings a datagram as soon as it is started.
+type promptEcho struct{ promptWay }
+
+func (w *promptEcho) Start(recv func(p []byte), _ func()) {
+	go recv(append((&wire.Header{Full: true, Association: 1, Target: alpha}).Append(nil), "x"...))
+	for range 10 {
+		runtime.Gosched()
+	}
+}
+
+func TestADatagramThatComesAtOnceIsAnswered(t *testing.T) {
+	for range 100 {
+		p := newPlane(0, &media.Drops{}, bulk.New())
+		p.open = func(id uint32, _ bool) *leg {
+			l := &leg{plane: p, id: id}
+			l.deliver = func(b []byte, at tunnel.Target) { l.send(b, at) }
+			return p.add(l)
+		}
+		w := &promptEcho{promptWay{sent: make(chan []byte, 10)}}
+		p.addWay(wire.WayDatagram, w)
+		if got := next(t, w.sent); !bytes.HasSuffix(got, []byte("x")) {
+			t.Fatalf("the answer is %x", got)
+		}
+		p.close()
+	}
 }
 
 // idleWay takes everything and brings nothing.

@@ -47,12 +47,12 @@ func dialError(err error, address string) error {
 	switch {
 	case errors.Is(err, context.Canceled):
 		return err
+	case errors.As(err, &noName): // before the next: a DNS server can be what has not answered in time
+		return tunnel.Errorf(tunnel.NameUnresolved, "the name in %s was not resolved; check it and the DNS server: %w", address, err)
 	case errors.Is(err, errNoAnswer), errors.Is(err, context.DeadlineExceeded), errors.As(err, &handshake), errors.As(err, &idle):
 		return tunnel.Errorf(tunnel.UDPBlocked, "no answer over UDP from %s within %v; a firewall may drop UDP there, or nothing listens: try mode tcp, or have UDP opened: %w", address, handshakeTimeout, err)
 	case errors.As(err, &already):
 		return err
-	case errors.As(err, &noName):
-		return tunnel.Errorf(tunnel.NameUnresolved, "the name in %s was not resolved; check it and the DNS server: %w", address, err)
 	case errors.As(err, &version):
 		return notOurs(address, err)
 	case forbidden(err):

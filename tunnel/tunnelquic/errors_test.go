@@ -1,7 +1,9 @@
 package tunnelquic
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -42,6 +44,7 @@ func TestADialsErrorTellsTheHostTheNetworkAndTheServerApart(t *testing.T) {
 		"it does not know the name":          {alert(112, true), tunnel.CloudUnreachable, "not a Culvert cloud proxy"},
 		"another version of QUIC":            {&quic.VersionNegotiationError{}, tunnel.CloudUnreachable, "not a Culvert cloud proxy"},
 		"it does not accept our certificate": {alert(42, true), tunnel.NotPermitted, "our certificate"},
+		"a DNS server that does not answer":  {fmt.Errorf("%w: %w", &net.DNSError{Err: "timeout", IsTimeout: true}, context.DeadlineExceeded), tunnel.NameUnresolved, "DNS server"},
 		"we do not accept its certificate":   {alert(42, false), tunnel.CertificateUntrusted, "not trusted"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -50,7 +50,7 @@ func came[T any](t *testing.T, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-c:
-	case <-time.After(30 * time.Second):
+	case <-time.After(testPatience):
 		t.Fatal("never: ", what)
 	}
 	return v

@@ -100,7 +100,7 @@ func dialer(t testing.TB, c *tls.Config) *Dialer {
 // connect makes one connection through l.
 func connect(t testing.TB, l *Listener, d *Dialer) (client, server tunnel.Candidate) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), testPatience)
 	defer cancel()
 	client, err := d.Dial(ctx, l.Addr().String())
 	if err != nil {

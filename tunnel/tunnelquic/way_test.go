@@ -37,7 +37,7 @@ func TestABlockedWayAnnouncesRoom(t *testing.T) {
 		}
 		select {
 		case <-writable:
-		case <-time.After(8 * time.Second):
+		case <-time.After(testPatience):
 			t.Fatalf("round %d: blocked, and never writable", round)
 		}
 	}
@@ -57,12 +57,20 @@ func TestMaxGrowsWithThePath(t *testing.T) {
 		w.Send(make([]byte, 100))
 		return w.Max() > 1350
 	})
-	if err := w.Send(make([]byte, w.Max())); err != nil && !errors.Is(err, tunnel.ErrBlocked) {
-		t.Errorf("Send of Max: %v", err)
-	}
-	if err := w.Send(make([]byte, w.Max()+1)); !errors.Is(err, tunnel.ErrTooLarge) {
-		t.Errorf("Send of Max+1: %v", err)
-	}
+	soon(t, "Max stays for a moment", func() bool {
+		m := w.Max()
+		fits, over := w.Send(make([]byte, m)), w.Send(make([]byte, m+1))
+		if w.Max() != m { // the search went on
+			return false
+		}
+		if fits != nil && !errors.Is(fits, tunnel.ErrBlocked) {
+			t.Errorf("Send of Max: %v", fits)
+		}
+		if !errors.Is(over, tunnel.ErrTooLarge) {
+			t.Errorf("Send of Max+1: %v", over)
+		}
+		return true
+	})
 }
 
 func TestAnEndedWaySaysSo(t *testing.T) {
@@ -132,7 +140,7 @@ func TestDatagramsBetweenAnswerAndCarrierArrive(t *testing.T) {
 			if int(b) != i {
 				t.Fatalf("datagram %d came as number %d", b, i)
 			}
-		case <-time.After(8 * time.Second):
+		case <-time.After(testPatience):
 			t.Fatalf("%d of %d arrived", i, sent)
 		}
 	}

@@ -23,5 +23,6 @@
 // It does not decide whom to admit (Config.TLS does, and tunnel/session), which
 // connection to use (tunnel/uplink), or what waits when a lane is blocked
 // (tunnel/media). It does not hide the head-of-line blocking of TCP: a lost
-// segment delays everything behind it on the same connection.
+// segment delays everything behind it on the same connection. It tells which
+// datagrams may suffer from that, so that others can carry them too (kept.go).
 package tunneltls

@@ -16,6 +16,7 @@ type gather struct {
 	mu   sync.Mutex // the reading side of TLS writes too: alerts, key updates
 	held bool
 	buf  []byte
+	sent uint64 // bytes that TCP was given
 }
 
 func (g *gather) Write(p []byte) (int, error) {
@@ -25,7 +26,9 @@ func (g *gather) Write(p []byte) (int, error) {
 		g.buf = append(g.buf, p...)
 		return len(p), nil
 	}
-	return g.Conn.Write(p)
+	n, err := g.Conn.Write(p)
+	g.sent += uint64(n)
+	return n, err
 }
 
 func (g *gather) hold() {
@@ -38,9 +41,17 @@ func (g *gather) release() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.held = false
-	_, err := g.Conn.Write(g.buf)
+	n, err := g.Conn.Write(g.buf)
+	g.sent += uint64(n)
 	g.buf = g.buf[:0]
 	return err
+}
+
+// total is how many bytes TCP was given since the connection began.
+func (g *gather) total() uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.sent
 }
 
 // expect gives what is written next its time to leave.

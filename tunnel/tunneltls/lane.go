@@ -20,6 +20,10 @@ const (
 	readAtOnce = 1 << 14
 )
 
+// origin is that of the clock of all lanes, so that a datagram that goes on a
+// second one can keep its send time.
+var origin = time.Now()
+
 // lane implements tunnel.Lane on a connection that carries nothing else.
 //
 // Send puts a record into pending; the writer takes all of it at once, so that
@@ -27,13 +31,13 @@ const (
 type lane struct {
 	link   *link
 	maxAge time.Duration
-	origin time.Time // of our clock
 	done   chan struct{}
 	news   chan struct{} // pending holds something
 	wg     sync.WaitGroup
 	late   atomic.Uint64
 
 	kernel func() (progress, bool) // false: it tells nothing
+	keeps  bool                    // it told something at the start, so kept is of use
 
 	mu       sync.Mutex
 	pending  []byte
@@ -41,6 +45,7 @@ type lane struct {
 	err      error // set before done is closed
 	abort    bool  // so is this: there is nobody to say farewell to
 	pulse    pulse
+	kept     kept
 	watch    *time.Timer // made by the first Send
 	watching bool        // it runs
 	fresh    bool        // something was sent since the watch last looked
@@ -49,11 +54,12 @@ type lane struct {
 func newLane(l *link, cfg *Config) *lane {
 	keepShort(l.raw, unsent, cfg.WriteTimeout)
 	w := &lane{
-		link: l, maxAge: cfg.MaxAge, origin: time.Now(),
+		link: l, maxAge: cfg.MaxAge,
 		done:   make(chan struct{}),
 		news:   make(chan struct{}, 1),
 		kernel: func() (progress, bool) { return ask(l.raw) },
 	}
+	_, w.keeps = w.kernel()
 	w.wg.Go(func() {
 		<-w.done
 		if w.abort {
@@ -75,7 +81,13 @@ func (w *lane) Start(recv func([]byte), writable func()) {
 	w.wg.Go(func() { w.end(w.transmit(writable)) })
 }
 
-func (w *lane) Send(p []byte) error {
+func (w *lane) Send(p []byte) error { return w.send(p, time.Now(), false) }
+
+// Resend is Send for a copy of what another lane of this process took at since:
+// the far end takes its age from then.
+func (w *lane) Resend(p []byte, since time.Time) error { return w.send(p, since, true) }
+
+func (w *lane) send(p []byte, since time.Time, again bool) error {
 	if len(p) > maxDatagram {
 		return tunnel.ErrTooLarge
 	}
@@ -89,7 +101,10 @@ func (w *lane) Send(p []byte) error {
 		return tunnel.ErrBlocked
 	}
 	w.watchLocked()
-	w.pending = appendRecord(w.pending, uint16(time.Since(w.origin).Milliseconds()), p)
+	if w.keeps && !again {
+		w.kept.push(p, since)
+	}
+	w.pending = appendRecord(w.pending, uint16(since.Sub(origin).Milliseconds()), p)
 	select {
 	case w.news <- struct{}{}:
 	default:
@@ -109,7 +124,7 @@ func (w *lane) transmit(writable func()) error {
 		}
 		w.mu.Lock()
 		w.pending, out = out[:0], w.pending
-		owed := w.blocked
+		owed, last := w.blocked, w.kept.last
 		w.blocked = false
 		w.mu.Unlock()
 		if owed {
@@ -119,6 +134,10 @@ func (w *lane) transmit(writable func()) error {
 		if _, err := w.link.Write(out); err != nil {
 			return err
 		}
+		total := w.link.gather.total()
+		w.mu.Lock()
+		w.kept.wrote(last, total)
+		w.mu.Unlock()
 		if cap(out) > 2*maxPending {
 			out = make([]byte, 0, maxPending)
 		}
@@ -135,7 +154,7 @@ func (w *lane) receive(recv func([]byte)) error {
 			return err
 		}
 		have += n
-		now := time.Since(w.origin)
+		now := time.Since(origin)
 		at := 0
 		for {
 			sent, datagram, size, err := nextRecord(buf[at:have])

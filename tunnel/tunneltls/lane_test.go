@@ -201,3 +201,53 @@ func TestLaneClosedBeforeStartLeavesNothing(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What a lane has sent and the kernel does not confirm is offered to others,
+// and a copy on another lane has the age of the original.
+func TestAnOverdueDatagramKeepsItsSendTimeOnAnotherLane(t *testing.T) {
+	stuck, _ := half(t, nil)
+	w := stuck.(*lane)
+	if !w.keeps {
+		t.Skip("this kernel tells nothing")
+	}
+	w.kernel = func() (progress, bool) {
+		return progress{flying: 1, sacked: int(time.Since(origin)), trip: time.Millisecond}, true // it lives
+	}
+	w.maxAge = time.Hour // however slow this machine is
+	w.kept.spare = maxSpare
+	stuck.Start(ignore, nothing)
+	before := time.Now()
+	if err := stuck.Send([]byte("held up")); err != nil {
+		t.Fatal(err)
+	}
+	after := time.Now()
+	other, peer := half(t, nil)
+	other.Start(ignore, nothing)
+	soon(t, "it is overdue", func() bool {
+		sent := false
+		w.Overdue(func(p []byte, since time.Time) bool {
+			sent = true
+			return other.(*lane).Resend(p, since) == nil
+		})
+		return sent
+	})
+	b := make([]byte, recordHeader+len("held up"))
+	for have := 0; have < len(b); {
+		n, err := peer.Read(b[have:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		have += n
+	}
+	at, p, _, err := nextRecord(b)
+	if err != nil || string(p) != "held up" {
+		t.Fatalf("%q, %v", p, err)
+	}
+	first, last := uint16(before.Sub(origin).Milliseconds()), uint16(after.Sub(origin).Milliseconds())
+	if at-first > last-first {
+		t.Errorf("the copy says %d; it was sent between %d and %d", at, first, last)
+	}
+	if w.Overdue(func([]byte, time.Time) bool { t.Error("it is offered again"); return true }); len(other.(*lane).kept.recs) > 0 {
+		t.Error("a copy is kept to be copied")
+	}
+}

@@ -45,7 +45,11 @@ func certificate(t testing.TB, name string) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}
 }
 
-// both makes the configurations of a client and of a server that trust each other.
+// patience is how long the tests wait for what must come, on a slow machine too.
+const patience = time.Minute
+
+// both makes the configurations of a client and of a server that trust each
+// other, and give each other time for handshakes.
 func both(t testing.TB) (client, server Config) {
 	t.Helper()
 	cc, sc := certificate(t, "sidecar"), certificate(t, "cloud.test")
@@ -53,6 +57,7 @@ func both(t testing.TB) (client, server Config) {
 	roots.AddCert(sc.Leaf)
 	client.TLS = &tls.Config{Certificates: []tls.Certificate{cc}, RootCAs: roots, ServerName: "cloud.test", NextProtos: []string{"culvert"}}
 	server.TLS = &tls.Config{Certificates: []tls.Certificate{sc}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"culvert"}}
+	client.HandshakeTimeout, server.HandshakeTimeout = patience, patience
 	return client, server
 }
 
@@ -82,7 +87,7 @@ func dialer(t testing.TB, cfg Config) *Dialer {
 // meet makes one connection.
 func meet(t testing.TB, d *Dialer, l tunnel.Listener) (client, server tunnel.Candidate) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	type result struct {
 		c   tunnel.Candidate

@@ -12,8 +12,8 @@ import (
 const (
 	probeEvery = 50 * time.Millisecond // while an answer is awaited
 	trialTime  = 500 * time.Millisecond
-	calmEvery  = 250 * time.Millisecond // how often a call's ways are looked at
-	idleEvery  = 5 * time.Second        // how often an idle sidecar's are
+	calmEvery  = 50 * time.Millisecond // how often a call's ways are looked at
+	idleEvery  = 5 * time.Second       // how often an idle sidecar's are
 
 	// Silence means that nothing authentic came: by doubtful the way is asked
 	// about, by deaf it is left for one by which something comes.
@@ -28,6 +28,9 @@ const (
 	udpAgain, maxUDPAgain       = 5 * time.Second, 5 * time.Minute
 	settled                     = 30 * time.Second // used for so long, a way has proved itself
 
+	// risen is the delay from which on silence is taken for congestion, which
+	// sending everything twice would make worse.
+	risen = 40 * time.Millisecond
 	// gone is the loss from which on a way counts as shut in our direction.
 	gone = 0.9
 	// strained is how long the circuit breaker may be at work before the other
@@ -66,15 +69,16 @@ type orders struct {
 // From 300 ms of silence on all ways are asked every 50 ms; from 600 ms on, and
 // for 2 s after a change, what is small goes by both, unless delay rose first.
 type chooser struct {
-	way    wire.Way // in use; NoWay: none yet
-	since  time.Time
-	also   wire.Way
-	both   time.Time // until when also is used
-	doubt  time.Time // since when the way is silent or shut; zero: it is not
-	strain time.Time // since when the breaker is at work on it; zero: it is not
-	trial  trial
-	asked  time.Time // when probes were last sent
-	again  [wire.WaysEnd]again
+	way       wire.Way // in use; NoWay: none yet
+	since     time.Time
+	also      wire.Way
+	both      time.Time // until when also is used
+	doubt     time.Time // since when the way is silent or shut; zero: it is not
+	congested bool      // delay had risen before the doubt: nothing is sent twice
+	strain    time.Time // since when the breaker is at work on it; zero: it is not
+	trial     trial
+	asked     time.Time // when probes were last sent
+	again     [wire.WaysEnd]again
 }
 
 // trial is of a way that is better than the one in use.
@@ -191,13 +195,15 @@ func (c *chooser) watch(v view, o *orders) {
 	quiet := v.now.Sub(later(s.Heard, c.since))
 	silent := v.flowing && quiet > doubtful
 	shut := s.Lost > gone && fresh
-	if !silent && !shut {
+	// Where only our direction is shut the peer, which hears us by the other way,
+	// is still heard: then only an answer ends the doubt.
+	if !silent && !shut && (c.doubt.IsZero() || s.Small.After(c.doubt)) {
 		c.doubt = time.Time{}
 		c.strained(v, o)
 		return
 	}
 	if c.doubt.IsZero() {
-		c.doubt = v.now
+		c.doubt, c.congested = v.now, s.Delay > risen || s.Shaped
 	}
 	o.short[c.way] = true
 	for _, w := range order {
@@ -205,7 +211,7 @@ func (c *chooser) watch(v view, o *orders) {
 			o.short[w] = true
 		}
 	}
-	if !shut && quiet < deaf {
+	if !shut && v.now.Sub(c.doubt) < deaf-doubtful {
 		return
 	}
 	for _, w := range order {
@@ -213,6 +219,9 @@ func (c *chooser) watch(v view, o *orders) {
 			continue
 		}
 		why := fmt.Sprintf("nothing came by %v for %v, %v passes", c.way, quiet.Round(time.Millisecond), w)
+		if !silent {
+			why = fmt.Sprintf("nothing was answered by %v for %v, %v passes", c.way, v.now.Sub(c.doubt).Round(time.Millisecond), w)
+		}
 		cause := tunnel.PathSilent
 		if shut && !silent {
 			why = fmt.Sprintf("%.0f %% of what we sent by %v was lost, %v passes", 100*s.Lost, c.way, w)
@@ -220,10 +229,10 @@ func (c *chooser) watch(v view, o *orders) {
 		if rank(w) > rank(c.way) && w == wire.WayLanes {
 			cause = tunnel.UDPBlocked
 		}
-		c.leave(v, o, w, why, cause, true)
+		c.leave(v, o, w, why, cause, !c.congested)
 		return
 	}
-	if c.also == wire.NoWay {
+	if c.also == wire.NoWay && c.both.Before(c.doubt) && !c.congested {
 		for _, w := range order {
 			if w != c.way && v.ways[w].Present {
 				c.also, c.both = w, v.now.Add(bothTime)

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"culvert/tunnel"
+	"culvert/tunnel/session"
 	"culvert/tunnel/tunneltest"
 	"culvert/tunnel/wire"
 )
@@ -45,7 +46,8 @@ type far struct {
 	// comes is discarded.
 	carry func(id, as string, c tunnel.Candidate)
 
-	carriers atomic.Int64 // that were welcomed and live, where carry is nil
+	sessions []*session.Far // to be closed at the end
+	carriers atomic.Int64   // that were welcomed and live, where carry is nil
 
 	mu    sync.Mutex // guards what follows; before the first run nothing else looks
 	dials []dialled
@@ -106,6 +108,11 @@ func (f *far) end() {
 	for _, l := range f.ls {
 		l.Close()
 	}
+	f.mu.Lock()
+	for _, s := range f.sessions {
+		s.Close(nil)
+	}
+	f.mu.Unlock()
 	over := make(chan struct{})
 	go func() { f.wg.Wait(); close(over) }()
 	select {

@@ -105,7 +105,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 	if mode != tunnel.ModeUDP && u.cfg.TLS != nil {
 		r.tcp = &path{run: r, kind: "tls", dial: u.cfg.TLS, wake: make(chan struct{}, 1), lanesWake: make(chan struct{}, 1), wanted: r.udp == nil}
 	}
-	inner, cancel := context.WithCancelCause(ctx)
+	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx)) // so that a stop can be told
 	var wg sync.WaitGroup
 	for _, p := range r.paths() {
 		first := g

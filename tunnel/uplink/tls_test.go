@@ -94,7 +94,7 @@ func handshake(t *testing.T, c, s *tls.Config) (tls.ConnectionState, error) {
 		t.Fatal(err)
 	}
 	for _, c := range []net.Conn{near, far} {
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(time.Minute))
 	}
 	server := tls.Server(far, s)
 	over := make(chan struct{})

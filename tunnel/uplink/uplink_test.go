@@ -463,8 +463,8 @@ func TestCancellingLeavesNothingAtAnyStage(t *testing.T) {
 				if err := r.stop(); err != nil {
 					t.Errorf("Run returned %v", err)
 				}
-				f.end() // every connection is closed
-				if d := time.Since(began); d != 0 {
+				f.end()                                    // every connection is closed
+				if d := time.Since(began); d > leaveTime { // the cloud proxy here does not answer
 					t.Errorf("the end took %v", d)
 				}
 			})

@@ -33,6 +33,9 @@ func (f *far) real(lanes int) *atomic.Int64 {
 			ids++
 			w.Session = strings.Repeat("0", 31) + string(rune('0'+ids))
 			ends[w.Session] = session.NewFar(session.FarConfig{Next: &tunneltest.Echo{}, Peered: wire.Current, ID: w.Session})
+			f.mu.Lock()
+			f.sessions = append(f.sessions, ends[w.Session])
+			f.mu.Unlock()
 			if kind == "quic" {
 				w.Sealed = session.OfferSealed(m.Open.Sealed)
 				sealed[w.Session] = w.Sealed
@@ -73,10 +76,11 @@ func (c *callee) Closed(error)                      {}
 
 var mediaAt = tunnel.TargetOf(netip.MustParseAddrPort("203.0.113.9:3478"))
 
-// call sends 50 datagrams a second until ctx ends.
+// call sends 50 datagrams a second until ctx ends. None may come back twice.
 func (r *running) call(ctx context.Context) (ended <-chan struct{}) {
 	r.t.Helper()
-	a, err := r.OpenPackets(tunnel.Peer{}, &callee{})
+	c := &callee{}
+	a, err := r.OpenPackets(tunnel.Peer{}, c)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -84,9 +88,13 @@ func (r *running) call(ctx context.Context) (ended <-chan struct{}) {
 	go func() {
 		defer close(done)
 		defer a.Close()
-		for ctx.Err() == nil {
+		var sent int64
+		for ; ctx.Err() == nil; sent++ {
 			a.Send(make([]byte, 800), mediaAt)
 			time.Sleep(20 * time.Millisecond)
+		}
+		if got := c.got.Load(); got == 0 || got > sent {
+			r.t.Errorf("of %d datagrams %d came back", sent, got)
 		}
 	}()
 	return done

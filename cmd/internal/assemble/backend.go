@@ -11,6 +11,7 @@ import (
 	"culvert/sidecar/channel"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
+	"culvert/tunnel/session"
 )
 
 // Backend is what the control API does to a sidecar.
@@ -41,6 +42,11 @@ func (b *Backend) Status() control.Status {
 		}
 	}
 	maps.DeleteFunc(st.Dropped, func(_ string, n uint64) bool { return n == 0 })
+	if link, ok := s.Link.(interface{ Losses(most int) []session.Loss }); ok {
+		for _, l := range link.Losses(control.MaxLosers) {
+			st.Losers = append(st.Losers, control.Loser{From: l.By.Addr, User: l.By.User, Dropped: l.Dropped})
+		}
+	}
 	return st
 }
 

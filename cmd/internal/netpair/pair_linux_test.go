@@ -1,0 +1,81 @@
+package netpair_test
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"culvert/cmd/internal/netpair"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// send sends a datagram from the near end, to the far one.
+func send(t *testing.T, p *netpair.Pair, to netip.AddrPort) {
+	t.Helper()
+	err := p.Near.Do(func() error {
+		c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = c.Write(make([]byte, 100))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAWatchTellsWhatIsExpectedFromWhatIsNot(t *testing.T) {
+	p := netpair.New(t)
+	w := p.Watch(t, 443)
+	send(t, p, netip.AddrPortFrom(netpair.FarAddr, 443))
+	send(t, p, netip.AddrPortFrom(netpair.FarAddr, 53))
+	send(t, p, netip.MustParseAddrPort("203.0.113.1:443")) // goes by the route for all else
+	err := p.Near.Do(func() error {
+		// Nobody listens there: it is refused, by a packet that is seen too.
+		d := net.Dialer{Timeout: time.Minute}
+		for _, port := range []string{":443", ":80"} {
+			c, err := d.Dial("tcp4", netpair.FarAddr.String()+port)
+			if err == nil {
+				c.Close()
+				t.Errorf("port %s answers", port)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := w.Stop()
+	if s.UDP != 1 || s.TCP < 2 || s.Link == 0 {
+		t.Errorf("seen %+v, want 1 UDP, a SYN and its refusal, and ARP", s)
+	}
+	// UDP to port 53 and to another address, a SYN and its refusal.
+	if len(s.Stray) != 4 {
+		t.Errorf("stray packets %v, want 4 kinds", s.Stray)
+	}
+}
+
+func TestTheTwoEndsAreApart(t *testing.T) {
+	p := netpair.New(t)
+	var far net.Listener
+	if err := p.Far.Do(func() (err error) { far, err = net.Listen("tcp4", "127.0.0.1:0"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	err := p.Near.Do(func() error {
+		if c, err := net.Dial("tcp4", far.Addr().String()); err == nil {
+			c.Close()
+			t.Error("the near end reaches the far end's loopback")
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,159 @@
+package netpair
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Seen is what passed between the two ends.
+type Seen struct {
+	UDP, TCP int            // packets to and from the watched port of Far
+	Link     int            // ARP and ICMP, which keep a link working
+	Stray    map[string]int // all others, by what they are
+}
+
+// Watch is a capture of the link, both directions.
+type Watch struct {
+	t    testing.TB
+	fd   int
+	end  atomic.Bool
+	wg   sync.WaitGroup
+	once sync.Once
+	port uint16
+	seen Seen // of the reading goroutine, until it has ended
+}
+
+// Watch begins to capture. port is where the cloud proxy listens, at Far.
+func (p *Pair) Watch(t testing.TB, port uint16) *Watch {
+	t.Helper()
+	w := &Watch{t: t, port: port, seen: Seen{Stray: map[string]int{}}}
+	if err := p.Near.Do(w.open); err != nil {
+		t.Fatalf("the capture: %v", err)
+	}
+	w.wg.Go(w.read)
+	t.Cleanup(func() { w.Stop() })
+	return w
+}
+
+const (
+	// backlog holds far more than any test sends, so that a busy machine loses
+	// nothing, in bytes.
+	backlog = 64 << 20
+	// snap is how much of a packet is looked at.
+	snap = 256
+)
+
+func (w *Watch) open() (err error) {
+	all := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ALL))
+	i, err := net.InterfaceByName(device)
+	if err != nil {
+		return err
+	}
+	// Protocol 0 receives nothing until it is bound to the link.
+	w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	err = errors.Join(
+		unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, backlog),
+		unix.SetsockoptTimeval(w.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}),
+		unix.Bind(w.fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index}),
+	)
+	if err != nil {
+		unix.Close(w.fd)
+	}
+	return err
+}
+
+// read reads until the end is wanted and nothing is left to read.
+func (w *Watch) read() {
+	var b [snap]byte
+	for {
+		n, _, err := unix.Recvfrom(w.fd, b[:], 0)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN):
+			if w.end.Load() {
+				return
+			}
+		case err != nil:
+			w.t.Errorf("the capture: %v", err)
+			return
+		default:
+			w.seen.add(b[:n], w.port)
+		}
+	}
+}
+
+// Stop ends the capture and returns what was seen. It fails the test when a
+// packet may have been missed.
+func (w *Watch) Stop() Seen {
+	w.once.Do(func() {
+		w.end.Store(true)
+		w.wg.Wait()
+		if s, err := unix.GetsockoptTpacketStats(w.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err != nil || s.Drops > 0 {
+			w.t.Errorf("the capture missed packets: %+v, %v", s, err)
+		}
+		unix.Close(w.fd)
+	})
+	return w.seen
+}
+
+// add judges an Ethernet frame, of which the end may be missing.
+func (s *Seen) add(frame []byte, port uint16) {
+	what, protocol := "a frame of unknown kind", -1
+	var src, dst netip.Addr
+	var segment []byte
+	if len(frame) >= 14 {
+		kind, p := binary.BigEndian.Uint16(frame[12:]), frame[14:]
+		what = fmt.Sprintf("Ethernet type %#04x", kind)
+		switch {
+		case kind == unix.ETH_P_ARP:
+			s.Link++
+			return
+		case kind == unix.ETH_P_IP && len(p) >= 20 && len(p) >= int(p[0]&15)*4:
+			src, dst = netip.AddrFrom4([4]byte(p[12:])), netip.AddrFrom4([4]byte(p[16:]))
+			protocol, segment = int(p[9]), p[int(p[0]&15)*4:]
+			if binary.BigEndian.Uint16(p[6:])&0x1fff != 0 { // RFC 791 §3.1: not the first fragment
+				protocol = -1
+			}
+		case kind == unix.ETH_P_IPV6 && len(p) >= 40:
+			src, dst = netip.AddrFrom16([16]byte(p[8:])), netip.AddrFrom16([16]byte(p[24:]))
+			protocol, segment = int(p[6]), p[40:]
+			// Multicast listener reports have a hop-by-hop header (RFC 3810 §5).
+			if protocol == 0 && len(segment) >= 8 && len(segment) >= 8+8*int(segment[1]) {
+				protocol, segment = int(segment[0]), segment[8+8*int(segment[1]):]
+			}
+		}
+		if src.IsValid() {
+			what = fmt.Sprintf("IP protocol %d from %s to %s", protocol, src, dst)
+		}
+	}
+	switch {
+	case protocol == unix.IPPROTO_ICMP || protocol == unix.IPPROTO_ICMPV6:
+		s.Link++
+		return
+	case (protocol == unix.IPPROTO_UDP || protocol == unix.IPPROTO_TCP) && len(segment) >= 4:
+		name, count := "UDP", &s.UDP
+		if protocol == unix.IPPROTO_TCP {
+			name, count = "TCP", &s.TCP
+		}
+		from := netip.AddrPortFrom(src, binary.BigEndian.Uint16(segment))
+		to := netip.AddrPortFrom(dst, binary.BigEndian.Uint16(segment[2:]))
+		if at := netip.AddrPortFrom(FarAddr, port); from == at && dst == NearAddr || to == at && src == NearAddr {
+			*count++
+			return
+		}
+		what = fmt.Sprintf("%s from %s to %s", name, from, to)
+	}
+	s.Stray[what]++
+}
