@@ -29,17 +29,21 @@ const (
 	lineTime = 5 * time.Second
 )
 
+// nearLine is a line at the near end.
+type nearLine struct {
+	*resume.Conn
+	number uint64
+
+	// The session's mu guards these.
+	by      tunnel.Carrier // the carrier that it is on; nil: none
+	seeking bool
+}
+
 // newLine makes a line that seeks a carrier whenever it has lost its own.
-func (a *Attached) newLine(number uint64) *resume.Conn {
-	var line *resume.Conn
-	line = resume.New(resume.Config{
-		Detached: func(error) {
-			a.mu.Lock()
-			defer a.mu.Unlock()
-			if a.ctx.Err() == nil { // within mu, so that Run does not wait too early
-				a.work.Go(func() { a.seek(line, number) })
-			}
-		},
+func (a *Attached) newLine(number uint64) *nearLine {
+	line := &nearLine{number: number}
+	line.Conn = resume.New(resume.Config{
+		Detached: func(error) { a.seek(line) },
 		Over: func() {
 			a.mu.Lock()
 			defer a.mu.Unlock()
@@ -56,6 +60,16 @@ func (a *Attached) newLine(number uint64) *resume.Conn {
 	return line
 }
 
+// seek brings a line to a carrier, on a goroutine of its own.
+func (a *Attached) seek(line *nearLine) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !line.seeking && a.ctx.Err() == nil { // within mu, so that Run does not wait too early
+		line.seeking = true
+		a.work.Go(func() { a.bring(line) })
+	}
+}
+
 // expireLines ends all lines with the session.
 func (a *Attached) expireLines(why error) {
 	a.mu.Lock()
@@ -66,18 +80,24 @@ func (a *Attached) expireLines(why error) {
 	}
 }
 
-// seek brings a line to a carrier.
-func (a *Attached) seek(line *resume.Conn, number uint64) {
+// bring brings a line to a carrier.
+func (a *Attached) bring(line *nearLine) {
+	found := func(c tunnel.Carrier) {
+		a.mu.Lock()
+		line.by, line.seeking = c, false
+		a.mu.Unlock()
+	}
 	var avoid tunnel.Carrier
 	for {
+		received := line.Detach()
 		c, err := a.carrier(a.ctx, avoid)
 		if err != nil {
 			line.Expire(err)
 			return
 		}
-		m := wire.Message{Resume: &wire.Resume{Number: number, Received: line.Detach()}}
-		if number == controlNumber {
-			m = wire.Message{Control: &wire.Control{Received: line.Detach()}}
+		m := wire.Message{Resume: &wire.Resume{Number: line.number, Received: received}}
+		if line.number == controlNumber {
+			m = wire.Message{Control: &wire.Control{Received: received}}
 		}
 		ctx, cancel := context.WithTimeout(a.ctx, lineTime)
 		under, answer, err := a.ask(ctx, c, m)
@@ -93,9 +113,9 @@ func (a *Attached) seek(line *resume.Conn, number uint64) {
 			line.Expire(tunnel.Errorf(tunnel.Internal, "the cloud proxy answered with something else; update the older side"))
 			return
 		default:
-			if line.Attach(under, answer.Resumed.Received) == nil {
-				return
-			}
+			found(c) // before it can be lost again
+			line.Attach(under, answer.Resumed.Received)
+			return
 		}
 		avoid = c
 		select {

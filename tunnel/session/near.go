@@ -13,7 +13,6 @@ import (
 	"culvert/tunnel"
 	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
-	"culvert/tunnel/resume"
 	"culvert/tunnel/wire"
 )
 
@@ -100,7 +99,7 @@ type Attached struct {
 	control *control
 	plane   *plane
 	welcome wire.Welcome
-	line    *resume.Conn  // under the control stream
+	line    *nearLine     // under the control stream
 	news    chan struct{} // capacity 1: something about a way is new
 	going   chan struct{} // closed when the cloud proxy says that it is going
 	goOnce  sync.Once
@@ -111,7 +110,7 @@ type Attached struct {
 
 	mu       sync.Mutex // guards the fields below
 	carriers []*serving // oldest first
-	lines    map[*resume.Conn]struct{}
+	lines    map[*nearLine]struct{}
 	prefer   tunnel.Carrier
 	changed  chan struct{} // closed when carriers or prefer change, then replaced
 }
@@ -128,7 +127,7 @@ type serving struct {
 func (n *Near) Attach(welcome wire.Welcome) *Attached {
 	a := &Attached{
 		near: n, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome,
-		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}), lines: map[*resume.Conn]struct{}{},
+		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}), lines: map[*nearLine]struct{}{},
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.Background())
 	a.plane.live, a.plane.proved = n.live.Load, a.tellNews
@@ -249,13 +248,26 @@ func (a *Attached) Reporting() bool { return a.plane.reports.flowing() }
 // Way tells what is known about a way.
 func (a *Attached) Way(kind wire.Way) WayState { return a.plane.state(kind) }
 
-// Prefer makes new streams go by a carrier that has been added, for as long as
-// it serves; nil: by the newest.
+// Prefer makes streams go by a carrier that has been added, for as long as it
+// serves; those on others move. nil: new streams go by the newest.
 func (a *Attached) Prefer(c tunnel.Carrier) {
 	a.mu.Lock()
+	if a.prefer == c {
+		a.mu.Unlock()
+		return
+	}
 	a.prefer = c
 	a.tellChangedLocked()
+	var move []*nearLine
+	for line := range a.lines {
+		if c != nil && line.by != c && line.number != controlNumber {
+			move = append(move, line)
+		}
+	}
 	a.mu.Unlock()
+	for _, line := range move {
+		a.seek(line)
+	}
 }
 
 // pick returns the carrier for a stream, other than avoid where that can be;
@@ -301,7 +313,7 @@ func (a *Attached) Going() <-chan struct{} { return a.going }
 func (a *Attached) Run() error {
 	unhook := context.AfterFunc(a.ctx, func() { a.expireLines(context.Cause(a.ctx)) })
 	defer unhook()
-	a.work.Go(func() { a.seek(a.line, controlNumber) })
+	a.seek(a.line)
 	err := a.control.run(a.line, a.welcome.Version, a.ctx.Done(), a.handle)
 	if a.ctx.Err() != nil {
 		err = context.Cause(a.ctx)
@@ -432,8 +444,15 @@ func (a *Attached) openStream(ctx context.Context, to tunnel.Target) (tunnel.Str
 		return nil, c, err
 	}
 	line := a.newLine(number)
+	a.mu.Lock()
+	line.by = c
+	moved := a.prefer != nil && a.prefer != c
+	a.mu.Unlock()
 	if err := line.Attach(under, 0); err != nil {
 		return nil, c, err
+	}
+	if moved { // meanwhile
+		a.seek(line)
 	}
 	return line, c, nil
 }
