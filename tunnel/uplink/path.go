@@ -43,6 +43,7 @@ type path struct {
 	since   time.Time      // when it was joined, or lost
 	failed  error          // of the last attempt; nil: it succeeded
 	fails   int            // in a row
+	later   time.Time      // not to be joined before
 	leave   error          // why the carrier has to go; nil: it may stay
 }
 
@@ -143,10 +144,13 @@ func (p *path) rest(ctx context.Context, rest time.Duration) {
 // how long to rest; 0: until something changes.
 func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 	p.mu.Lock()
-	wanted, fails := p.wanted, p.fails
+	wanted, fails, rest := p.wanted, p.fails, time.Until(p.later)
 	p.mu.Unlock()
-	if !wanted {
+	switch {
+	case !wanted:
 		return nil, 0
+	case rest > 0:
+		return nil, rest
 	}
 	limit := joinTime
 	if fails > 5 { // the path may just be long

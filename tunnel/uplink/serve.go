@@ -111,6 +111,9 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		first := g
 		if p.kind != g.cand.Kind() {
 			first = nil
+			if p == r.udp { // which has just lost the race
+				p.later = time.Now().Add(udpAgain)
+			}
 		} else {
 			p.wanted, p.granted = true, true
 		}
@@ -261,11 +264,11 @@ func (r *run) needs(now time.Time, v view) {
 func (r *run) describe(o orders) *tunnel.LinkState {
 	s := r.state
 	if o.first == wire.NoWay {
-		r.state.Phase = tunnel.LinkConnecting
 		lost := r.mute()
-		if lost == nil {
+		if lost == nil { // a lane may be on its way
 			return nil
 		}
+		r.state.Phase = tunnel.LinkConnecting
 		c := connecting(wrapLost(lost))
 		return &c
 	}
