@@ -292,6 +292,9 @@ func (a *Attached) carrier(ctx context.Context, avoid tunnel.Carrier) (tunnel.Ca
 		a.mu.Lock()
 		changed := a.changed
 		a.mu.Unlock()
+		if a.ctx.Err() != nil {
+			return nil, context.Cause(a.ctx)
+		}
 		if c := a.pick(avoid); c != nil {
 			return c, nil
 		}

@@ -165,23 +165,26 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 		}
 		return nil, 0
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.failed, p.granted = err, err == nil
 	if err == nil {
-		p.fails = 0
+		fails = 0
+	} else {
+		fails++
+	}
+	p.mu.Lock()
+	p.failed, p.granted, p.fails = err, err == nil, fails
+	p.mu.Unlock()
+	if err == nil {
 		return g, 0
 	}
-	p.fails++
 	if tunnel.CodeOf(err) == tunnel.SessionUnknown {
 		p.run.end(err)
 	}
 	p.run.tell()
-	return nil, p.restLocked()
+	return nil, p.pause(fails)
 }
 
-// restLocked is how long to rest after failures. p.mu is held.
-func (p *path) restLocked() time.Duration {
+// pause is how long to rest after so many failures in a row.
+func (p *path) pause(fails int) time.Duration {
 	rest, most := time.Second, maxJoinRest
 	switch other := p.run.other(p); {
 	case other == nil || other.joined() == nil:
@@ -189,7 +192,7 @@ func (p *path) restLocked() time.Duration {
 	case p.kind == "quic": // it may never work here
 		rest, most = udpAgain, maxUDPAgain
 	}
-	for range p.fails - 1 {
+	for range fails - 1 {
 		rest = min(2*rest, most)
 	}
 	return p.run.u.cfg.jitter(rest)
