@@ -229,6 +229,7 @@ func (c *Conn) Expire(why error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.failLocked(why, false)
+	c.overLocked(false) // where the peer was still to be told
 }
 
 func (c *Conn) expire() {

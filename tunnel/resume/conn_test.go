@@ -29,7 +29,6 @@ type path struct {
 	mu        sync.Mutex
 	under     []tunnel.Stream // of this moment, both ends'
 	cuts      int
-	limit     int // bytes until the next cut; 0: none
 	lossy     *rand.Rand
 	ended     bool
 	wg        sync.WaitGroup

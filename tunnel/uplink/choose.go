@@ -144,7 +144,11 @@ func (c *chooser) fallBack(v view, o *orders) {
 	c.way, c.doubt, c.strain = wire.NoWay, time.Time{}, time.Time{}
 	for _, w := range [...]wire.Way{wire.WayDatagram, wire.WayLanes, wire.WaySealed} { // sealed packets have to be seen to arrive
 		if v.ways[w].Present {
-			c.use(v, o, w, wayAtHand[w], "")
+			why := wayAtHand[w]
+			if w == wire.WayDatagram && !v.ways[wire.WaySealed].Present {
+				why = noSealed
+			}
+			c.use(v, o, w, why, "")
 			if was != wire.NoWay {
 				o.cause = tunnel.PathLost
 			}
@@ -159,6 +163,9 @@ var wayAtHand = [wire.WaysEnd]string{
 	wire.WaySealed:   "it is at hand",
 	wire.WayLanes:    "UDP does not pass, or is not allowed to be used",
 }
+
+// noSealed is why where there is nothing to try.
+const noSealed = "it is at hand; the cloud proxy or this system offers no sealed packets"
 
 func (c *chooser) use(v view, o *orders, w wire.Way, why string, cause tunnel.Code) {
 	c.way, c.since, c.doubt, c.strain, c.trial = w, v.now, time.Time{}, time.Time{}, trial{}
