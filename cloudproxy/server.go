@@ -223,9 +223,11 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	}
 	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, release: release}
 	log := s.log.With("session", l.id, "app", l.app)
-	var sealed *wire.Sealed
-	if c.Kind() == "quic" {
-		sealed = session.OfferSealed(o.Sealed)
+	how := session.OfferSealed(o.Sealed)
+	sealed, err := session.ReadySealed(c, l.id, how)
+	if err != nil {
+		release()
+		return wire.Welcome{}, nil, err
 	}
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
@@ -263,7 +265,9 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		log.Info("carrier ended", "carrier", c.Kind(), "why", err)
 	}
 	w := s.welcome(l)
-	w.Sealed = sealed
+	if sealed != nil {
+		w.Sealed = how
+	}
 	return w, serve, nil
 }
 
@@ -282,9 +286,13 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 	if l.joins.Load() >= maxJoins { // those that are being welcomed come on top
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "%d connections have joined the session already; close some", maxJoins)
 	}
-	var sealed *wire.Sealed
-	if j.As == wire.AsCarrier && c.Kind() == "quic" {
-		sealed = session.OfferSealed(j.Sealed)
+	var how *wire.Sealed
+	if j.As == wire.AsCarrier {
+		how = session.OfferSealed(j.Sealed)
+	}
+	sealed, err := session.ReadySealed(c, l.id, how)
+	if err != nil {
+		return wire.Welcome{}, nil, err
 	}
 	serve := func() {
 		l.joins.Add(1)
@@ -301,7 +309,9 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 		}
 	}
 	w := s.welcome(l)
-	w.Sealed = sealed
+	if sealed != nil {
+		w.Sealed = how
+	}
 	return w, serve, nil
 }
 

@@ -124,6 +124,10 @@ type Candidate interface {
 	// Lane turns the candidate into a lane. Only byte-stream transports have
 	// lanes; the others return an error.
 	Lane() (Lane, error)
+	// Flow and ExportKey are those of the carrier that the candidate can become,
+	// for what has to be ready before the peer is answered.
+	Flow() Flow
+	ExportKey(label string, context []byte, n int) ([]byte, error)
 	// PeerKey is the Ed25519 key that the peer proved in its TLS certificate;
 	// nil where its certificate holds another kind of key.
 	PeerKey() ed25519.PublicKey

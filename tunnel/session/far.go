@@ -120,9 +120,12 @@ func (f *Far) Limits() wire.Limits {
 
 // Serve serves the session over a carrier, beside others, until the carrier or
 // the session has ended, and everything on the carrier with it. A session that
-// is served by nothing lives on for FarConfig.Hold. sealed is what Welcome has
-// said of sealed packets on this connection; nil: there are none.
-func (f *Far) Serve(c tunnel.Carrier, sealed *wire.Sealed) error {
+// is served by nothing lives on for FarConfig.Hold. sealed is this connection's
+// way for sealed packets, which ends with it; nil: there is none.
+func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
+	if sealed != nil {
+		defer sealed.Close()
+	}
 	if !f.enter() {
 		c.Close(context.Cause(f.ctx))
 		return context.Cause(f.ctx)
@@ -133,16 +136,11 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *wire.Sealed) error {
 	if w := c.Datagrams(); w != nil {
 		defer f.plane.succeed(wire.WayDatagram, w)()
 	}
-	s, err := newSealed(c, f.cfg.ID, sealed, false, nil)
-	if err != nil {
-		c.Close(err)
-		return err
-	}
-	if s != nil {
-		defer s.Close()
-		defer f.plane.succeed(wire.WaySealed, s)()
+	if sealed != nil {
+		defer f.plane.succeed(wire.WaySealed, sealed)()
 	}
 	var streams sync.WaitGroup
+	var err error
 	for {
 		var s tunnel.Stream
 		if s, err = c.AcceptStream(f.ctx); err != nil {

@@ -22,8 +22,23 @@ func OfferSealed(aeads []string) *wire.Sealed {
 	return &wire.Sealed{AEAD: aead, Nonce: hex.EncodeToString(nonce[:])}
 }
 
-// newSealed makes the sealed way of a carrier; nil: it has none.
-func newSealed(c tunnel.Carrier, id string, how *wire.Sealed, near bool, reset func()) (*media.Sealed, error) {
+// keyed is a connection that sealed packets can share: a carrier, or a candidate
+// that is to become one.
+type keyed interface {
+	Flow() tunnel.Flow
+	ExportKey(label string, context []byte, n int) ([]byte, error)
+}
+
+// ReadySealed makes the far end's sealed way of a connection; nil: it has none.
+// It is made before the sidecar is welcomed, since that may send at once, and a
+// packet that nobody has claimed is answered with a stateless reset. It ends
+// with the connection, at the latest.
+func ReadySealed(c keyed, id string, how *wire.Sealed) (*media.Sealed, error) {
+	return newSealed(c, id, how, false, nil)
+}
+
+// newSealed makes the sealed way of a connection; nil: it has none.
+func newSealed(c keyed, id string, how *wire.Sealed, near bool, reset func()) (*media.Sealed, error) {
 	flow := c.Flow()
 	if flow == nil || how == nil {
 		return nil, nil

@@ -54,12 +54,16 @@ func join(t *testing.T, near *Near, net tunneltest.Config, cfg FarConfig) *path 
 		t.Fatal(err)
 	}
 	sealed := OfferSealed(media.PreferredAEADs())
+	ready, err := ReadySealed(server, id, sealed)
+	if err != nil {
+		t.Fatal(err)
+	}
 	p.at = near.Attach(wire.Welcome{Version: wire.Current, Session: id, Limits: p.far.Limits(), Sealed: sealed})
 	if err := p.at.AddCarrier(cc, sealed); err != nil {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { p.far.Serve(sc, sealed) })
+	wg.Go(func() { p.far.Serve(sc, ready) })
 	wg.Go(func() { p.at.Run(); p.at.RemoveCarrier(cc); cc.Close(nil) })
 	wg.Go(func() { <-cc.Done(); p.at.End(cc.Err()) }) // as a sidecar does that finds no session any more
 	go func() { wg.Wait(); close(p.done) }()

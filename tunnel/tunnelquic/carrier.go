@@ -71,11 +71,6 @@ func (c *carrier) Datagrams() tunnel.Way {
 	return c.way
 }
 
-func (c *carrier) ExportKey(label string, context []byte, n int) ([]byte, error) {
-	tls := c.conn.ConnectionState().TLS
-	return tls.ExportKeyingMaterial(label, context, n)
-}
-
 func (c *carrier) Done() <-chan struct{} { return c.conn.Context().Done() }
 func (c *carrier) Err() error            { return c.reason() }
 

@@ -18,9 +18,10 @@ const (
 	keepAlive   = 3 * time.Second // three tries in that time; it also keeps NAT bindings (30 s and more for UDP)
 )
 
-// connIDLen is the length of our connection IDs in bytes. Stateless reset tokens
-// are made of so much of an ID.
-const connIDLen = 4
+// connIDLen is the length of our connection IDs in bytes, and of the IDs of
+// sealed packets: stateless reset tokens are made of the whole of both, so that
+// nobody can ask for those of all IDs beforehand.
+const connIDLen = 8
 
 // Flow-control windows in bytes. They begin small and grow only as they are
 // read: quic-go doubles a window that is consumed within two round trips.
@@ -45,7 +46,8 @@ type Config struct {
 	// used whatever it says. A dialer without ServerName uses the host it dials.
 	TLS *tls.Config
 	// StatelessResetKey lets peers notice at once that a listener has been
-	// restarted (RFC 9000 §10.3); keep it over restarts. nil: they do not.
+	// restarted (RFC 9000 §10.3); keep it over restarts, and give it to no other
+	// listener that runs. nil: they do not.
 	StatelessResetKey *[32]byte
 	// TokenGeneratorKey seals address validation tokens (RFC 9000 §8.1.3);
 	// give it to all listeners behind one address. nil: a random key.

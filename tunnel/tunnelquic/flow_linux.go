@@ -287,7 +287,7 @@ func newFlow(l *link) *flow {
 	return &flow{link: l, all: &l.sock.flows, mine: map[[8]byte]*claim{}}
 }
 
-func (c *carrier) Flow() tunnel.Flow { return c.flow }
+func (l *link) Flow() tunnel.Flow { return l.flow }
 
 // end gives back all claims and watches.
 func (f *flow) end() {

@@ -17,4 +17,4 @@ func newFlow(*link) *flow { return nil }
 
 func (*flow) end() {}
 
-func (c *carrier) Flow() tunnel.Flow { return nil }
+func (l *link) Flow() tunnel.Flow { return nil }

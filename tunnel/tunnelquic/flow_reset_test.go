@@ -190,7 +190,11 @@ func TestASealedPacketFindsOutAboutARestart(t *testing.T) {
 	defer at.End(nil)
 	defer client.Close(nil)
 	defer server.Close(nil)
-	running.Go(func() { far.Serve(server, offer) })
+	ready, err := session.ReadySealed(server, id, offer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	running.Go(func() { far.Serve(server, ready) })
 	if err := at.AddCarrier(client, offer); err != nil {
 		t.Fatal(err)
 	}

@@ -44,6 +44,11 @@ func (l *link) PeerKey() ed25519.PublicKey { return l.peer }
 func (l *link) Kind() string               { return "quic" }
 func (l *link) RemoteAddr() netip.AddrPort { return addrPort(l.conn.RemoteAddr()) }
 
+func (l *link) ExportKey(label string, context []byte, n int) ([]byte, error) {
+	tls := l.conn.ConnectionState().TLS
+	return tls.ExportKeyingMaterial(label, context, n)
+}
+
 func addrPort(a net.Addr) netip.AddrPort {
 	udp, ok := a.(*net.UDPAddr)
 	if !ok {

@@ -486,7 +486,7 @@ func (c *carrier) AcceptStream(ctx context.Context) (tunnel.Stream, error) {
 	}
 }
 
-func (c *carrier) Flow() tunnel.Flow {
+func (c *end) Flow() tunnel.Flow {
 	if c.net.cfg.Kind != "quic" || !c.net.cfg.Flow {
 		return nil
 	}
@@ -500,7 +500,7 @@ func (c *carrier) Datagrams() tunnel.Way {
 	return c.ways[c.i]
 }
 
-func (c *carrier) ExportKey(label string, context []byte, n int) ([]byte, error) {
+func (c *end) ExportKey(label string, context []byte, n int) ([]byte, error) {
 	info := fmt.Sprintf("%d %s %s", len(label), label, context)
 	return hkdf.Expand(sha256.New, c.secret[:], info, n)
 }

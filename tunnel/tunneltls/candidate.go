@@ -21,6 +21,14 @@ type link struct {
 	client bool
 }
 
+// Flow is nil: what TCP carries is the connection's alone.
+func (l *link) Flow() tunnel.Flow { return nil }
+
+func (l *link) ExportKey(label string, context []byte, n int) ([]byte, error) {
+	state := l.ConnectionState()
+	return state.ExportKeyingMaterial(label, context, n)
+}
+
 // shut says farewell (close_notify) and closes; it returns within closeTimeout
 // even when TCP is stalled.
 func (l *link) shut() error {
@@ -50,6 +58,12 @@ func (c *candidate) Write(p []byte) (int, error) {
 }
 
 func (c *candidate) SetDeadline(t time.Time) error { return c.link.SetDeadline(t) }
+
+func (c *candidate) Flow() tunnel.Flow { return c.link.Flow() }
+
+func (c *candidate) ExportKey(label string, context []byte, n int) ([]byte, error) {
+	return c.link.ExportKey(label, context, n)
+}
 
 func (c *candidate) take() error {
 	if c.over.Swap(true) {

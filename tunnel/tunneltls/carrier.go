@@ -192,11 +192,11 @@ func (c *carrier) AcceptStream(ctx context.Context) (tunnel.Stream, error) {
 
 // Datagrams returns nil: datagrams have connections of their own, the lanes.
 func (c *carrier) Datagrams() tunnel.Way { return nil }
-func (c *carrier) Flow() tunnel.Flow     { return nil }
+
+func (c *carrier) Flow() tunnel.Flow { return c.link.Flow() }
 
 func (c *carrier) ExportKey(label string, context []byte, n int) ([]byte, error) {
-	state := c.link.ConnectionState()
-	return state.ExportKeyingMaterial(label, context, n)
+	return c.link.ExportKey(label, context, n)
 }
 
 func (c *carrier) Stats() tunnel.CarrierStats {

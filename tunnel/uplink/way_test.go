@@ -59,8 +59,12 @@ func (f *far) real(lanes int) *atomic.Int64 {
 				joined.Add(-1)
 			}
 		default:
+			ready, err := session.ReadySealed(c, id, how)
+			if err != nil {
+				f.t.Error(err)
+			}
 			if k, err := c.Carrier(); err == nil {
-				end.Serve(k, how)
+				end.Serve(k, ready)
 			}
 		}
 	}

@@ -127,7 +127,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	streams := cmp.Or(p.Limits.Streams, defaultStreams)
 	quicConf := tunnelquic.Config{TLS: tlsConf, Limits: tunnelquic.Limits{Streams: 2*streams + controlStreams}, Log: p.Log}
 	if p.ResetKey != nil {
-		if quicConf.StatelessResetKey, err = derive(p.ResetKey, "culvert stateless reset"); err == nil {
+		if quicConf.StatelessResetKey, err = resetKey(p.ResetKey, p.Address); err == nil {
 			quicConf.TokenGeneratorKey, err = derive(p.ResetKey, "culvert address validation")
 		}
 		if err != nil {
@@ -236,6 +236,13 @@ func cannotListen(what, address string, err error) error {
 		code = tunnel.NotPermitted
 	}
 	return tunnel.Errorf(code, "can not listen on %s %s: %w; choose another address, end what uses it, or allow this one", what, address, why)
+}
+
+// resetKey makes the key of stateless resets. Two cloud proxies with one
+// ResetKey would else answer for each other's connections, and so tell the
+// tokens that end them (RFC 9000 §21.11).
+func resetKey(secret []byte, address string) (*[32]byte, error) {
+	return derive(secret, "culvert stateless reset "+address)
 }
 
 func derive(secret []byte, label string) (*[32]byte, error) {

@@ -69,3 +69,15 @@ func TestEgressIsAsConfigured(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 }
+
+func TestCloudProxiesWithOneResetKeyDoNotKnowEachOthersTokens(t *testing.T) {
+	secret := make([]byte, 32)
+	a, err := resetKey(secret, "a.example.net:443")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := resetKey(secret, "b.example.net:443")
+	if err != nil || *a == *b {
+		t.Errorf("%x and %x, %v", *a, *b, err)
+	}
+}
