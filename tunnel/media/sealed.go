@@ -55,6 +55,7 @@ type Sealed struct {
 	mtu      mtu
 	lastUsed time.Time
 	moves    uint64
+	carrier  tunnel.Path   // what Flow.Path was at the last Tick
 	tellAt   time.Time     // far end: when the reset tokens are told again
 	tellGap  time.Duration // and how long after that
 	tokens   [2]watched    // near end: of the sending epoch and the next
@@ -94,9 +95,9 @@ func freshNonce() uint64 {
 // NewSealed makes a sealed way that sends to the flow's path. The IDs that it
 // receives on are claimed from now on, so the far end makes it before it
 // answers; packets before Start are dropped. It fails where an ID is taken.
-func NewSealed(c SealedConfig) (*Sealed, error) { return newSealed(c, epochPackets) }
+func NewSealed(c SealedConfig) (*Sealed, error) { return newSealed(c, epochPackets, epochGap) }
 
-func newSealed(c SealedConfig, limit uint64) (*Sealed, error) {
+func newSealed(c SealedConfig, limit uint64, gap time.Duration) (*Sealed, error) {
 	if len(c.Root) != rootSize || aeadKeySize(c.AEAD) == 0 || c.Flow == nil {
 		return nil, fmt.Errorf("sealed: a root of %d bytes, the AEAD %.40q", len(c.Root), c.AEAD)
 	}
@@ -110,7 +111,7 @@ func newSealed(c SealedConfig, limit uint64) (*Sealed, error) {
 	}
 	s := &Sealed{flow: c.Flow, near: c.Near, onReset: c.OnReset, tellGap: tellFirst}
 	s.out.limit, s.out.derive, s.out.changed = limit, derive(send), s.sendingEpoch
-	s.in = opener{flow: c.Flow, limit: limit, derive: derive(receive), recv: s.receive}
+	s.in = opener{flow: c.Flow, limit: limit, gap: gap, derive: derive(receive), recv: s.receive}
 
 	first, err := s.out.derive(0)
 	if err != nil {
@@ -119,6 +120,7 @@ func newSealed(c SealedConfig, limit uint64) (*Sealed, error) {
 	s.out.epoch.Store(&sealEpoch{epochKeys: first})
 	to := c.Flow.Path()
 	s.route.Store(&route{to: to})
+	s.carrier = to
 	s.mtu.start(to.Remote.Addr())
 	s.size.Store(mtuFloor)
 
@@ -291,9 +293,7 @@ func (s *Sealed) Tick(now time.Time) {
 	if s.used.Swap(false) {
 		s.lastUsed = now
 	}
-	if to := s.flow.Path(); s.near && to != s.route.Load().to {
-		s.moveLocked(to)
-	}
+	s.followLocked(s.flow.Path())
 	c := s.candidateLocked(now)
 	if now.Sub(s.lastUsed) > idleAfter {
 		s.mu.Unlock()
@@ -387,7 +387,7 @@ func (s *Sealed) Close() {
 }
 
 // Lost counts what was dropped, by reason: "socket_full" when sending;
-// "not_authentic", "truncated", "replayed", "old_epoch" and "not_started" when receiving.
+// "not_authentic", "truncated", "replayed", "old_epoch", "early_epoch" and "not_started" when receiving.
 func (s *Sealed) Lost() map[string]uint64 {
 	m := map[string]uint64{}
 	for v := opened + 1; v < verdictsEnd; v++ {

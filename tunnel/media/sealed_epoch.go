@@ -46,6 +46,10 @@ const (
 	// oldEpochLife is how long packets of the epoch before the current one are
 	// still opened: longer than a packet can be under way.
 	oldEpochLife = 2 * time.Second
+	// epochGap is the least time between two moves of a receiver to another
+	// epoch. Nobody seals epochPackets in it, and each move costs a key schedule
+	// on the goroutine that reads for all sessions.
+	epochGap = time.Second
 )
 
 // errRootUsed says that all epochs of a root are used up, after 2⁵⁴ packets.
@@ -167,6 +171,7 @@ type openEpoch struct {
 type opener struct {
 	flow   tunnel.Flow
 	limit  uint64
+	gap    time.Duration // least time between two moves; epochGap but in tests
 	derive func(number uint32) (epochKeys, error)
 	recv   func(e *openEpoch, p []byte, from tunnel.Path) bool
 
@@ -175,6 +180,7 @@ type opener struct {
 	cur      *openEpoch
 	next     *openEpoch // claimed before the peer uses it; nil: its ID could not be claimed
 	oldUntil time.Time
+	movedAt  time.Time // when cur became that; zero: it is the first
 	closed   bool
 }
 
@@ -187,12 +193,13 @@ const (
 	truncated            // shorter than any sealed packet
 	replayed             // its counter has come before, or lies behind the window
 	oldEpoch             // of an epoch that is over
+	earlyEpoch           // of the next epoch, too soon after the last has begun
 	notStarted           // it came before Start or after Close
 	socketFull           // sending: the socket took no packet
 	verdictsEnd          // not a verdict
 )
 
-var verdictWords = [verdictsEnd]string{notAuthentic: "not_authentic", truncated: "truncated", replayed: "replayed", oldEpoch: "old_epoch", notStarted: "not_started", socketFull: "socket_full"}
+var verdictWords = [verdictsEnd]string{notAuthentic: "not_authentic", truncated: "truncated", replayed: "replayed", oldEpoch: "old_epoch", earlyEpoch: "early_epoch", notStarted: "not_started", socketFull: "socket_full"}
 
 // claim makes an epoch and claims its ID.
 func (i *opener) claim(number uint32) (*openEpoch, error) {
@@ -219,6 +226,8 @@ func (i *opener) open(sc *scratch, e *openEpoch, p []byte) (v verdict, highest, 
 		return notStarted, false, false
 	case e == i.old && time.Now().After(i.oldUntil), e != i.old && e != i.cur && e != i.next:
 		return oldEpoch, false, false
+	case e == i.next && !i.movedAt.IsZero() && time.Since(i.movedAt) < i.gap:
+		return earlyEpoch, false, false
 	case uint64(n) >= i.limit, e.forged >= maxForged:
 		return notAuthentic, false, false // nobody seals so many; nobody may try so often
 	case !e.fresh(n):
@@ -245,7 +254,8 @@ func (i *opener) advanceLocked() {
 		i.flow.Release(i.old.id)
 	}
 	i.old, i.cur, i.next = i.cur, i.next, nil
-	i.oldUntil = time.Now().Add(oldEpochLife)
+	i.movedAt = time.Now()
+	i.oldUntil = i.movedAt.Add(oldEpochLife)
 	i.readyLocked()
 }
 

@@ -126,7 +126,7 @@ func newEnd(t testing.TB, near bool, aead string, limit uint64, onReset func()) 
 	}
 	e.flow.resets = !near
 	var err error
-	if e.Sealed, err = newSealed(SealedConfig{Flow: e.flow, Root: testRoot, AEAD: aead, Near: near, OnReset: onReset}, limit); err != nil {
+	if e.Sealed, err = newSealed(SealedConfig{Flow: e.flow, Root: testRoot, AEAD: aead, Near: near, OnReset: onReset}, limit, 0); err != nil {
 		t.Fatal(err)
 	}
 	e.Start(func(p []byte) {

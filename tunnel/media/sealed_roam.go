@@ -12,14 +12,20 @@ import (
 // path makes that the candidate. Anybody can copy a packet and send it from
 // elsewhere, so the candidate gets a probe that has to come back, three times
 // what came from there at most, and the old path gets everything as before.
+// Who carries every packet both ways, and faster than the peer's own path does,
+// is followed nevertheless, until the first packet that overtakes them (RFC 9000 §9.3.3).
 //
 //	settled ──highest packet from elsewhere──► candidate ──answer from there──► settled there
-//	   ▲                                           │
-//	   └──────────────── 3 s ──────────────────────┘
+//	   ▲                                        │      ▲
+//	   └──────────────── 3 s ───────────────────┘      └─ the highest from a third path, when
+//	                                                      this one has sent none for 200 ms
 const (
 	candidateLife = 3 * time.Second
-	challengeGap  = 100 * time.Millisecond // between two probes to a candidate
-	candidateGain = 3                      // RFC 9000 §8.1
+	// candidateStale is how long a candidate that sends nothing new keeps the
+	// place from others: one copied packet must not keep the peer from moving.
+	candidateStale = 200 * time.Millisecond
+	challengeGap   = 100 * time.Millisecond // between two probes to a candidate
+	candidateGain  = 3                      // RFC 9000 §8.1
 )
 
 // A route is where packets go. It is never changed, only replaced.
@@ -34,6 +40,7 @@ type candidate struct {
 	nonce    uint64
 	until    time.Time
 	probed   time.Time    // guarded by Sealed.mu
+	heard    time.Time    // guarded by Sealed.mu: the latest packet that was the highest
 	received atomic.Int64 // bytes of UDP payload, authentic packets only
 	sent     atomic.Int64
 }
@@ -63,13 +70,18 @@ func (s *Sealed) elsewhere(from tunnel.Path, n int, highest bool) {
 	s.mu.Lock()
 	c := s.candidateLocked(now)
 	r := s.route.Load()
-	if c == nil && highest && from != r.to {
+	stale := c != nil && c.path != from && now.Sub(c.heard) >= candidateStale
+	// A new candidate has a budget of its own, of what has come from it alone.
+	if (c == nil || stale) && highest && from != r.to {
 		c = &candidate{path: from, nonce: freshNonce(), until: now.Add(candidateLife)}
 		s.route.Store(&route{r.to, c})
 	}
 	if c == nil || c.path != from {
 		s.mu.Unlock()
 		return
+	}
+	if highest {
+		c.heard = now
 	}
 	c.received.Add(int64(n))
 	due := c.dueLocked(now)
@@ -108,6 +120,18 @@ func (s *Sealed) provedLocked(nonce uint64, from tunnel.Path) bool {
 		s.tellSoonLocked()
 	}
 	return true
+}
+
+// followLocked moves where the carrier sends. The near end's path is always that.
+// The far end's is when that has changed: the carrier has validated its new path
+// (RFC 9000 §8.2), and the peer may have nothing to send by which to roam.
+func (s *Sealed) followLocked(carrier tunnel.Path) {
+	changed := carrier != s.carrier
+	s.carrier = carrier
+	if (s.near || changed) && carrier != s.route.Load().to {
+		s.moveLocked(carrier)
+		s.tellSoonLocked()
+	}
 }
 
 // moveLocked makes to the path. Nothing is known of its MTU.
