@@ -64,7 +64,7 @@ type orders struct {
 //	  │ │ nothing comes by it for 600 ms, or it  │       │
 //	  │ │ loses all, and something comes by      ▼       │
 //	  │ └────────────────────────────────────── quic-datagram
-//	  └── the same; or UDP is strained for 1.5 s and TCP is not
+//	  └── the same; or UDP is strained for 1.5 s, and nothing waits on lanes
 //
 // From 300 ms of silence on all ways are asked every 50 ms; from 600 ms on, and
 // for 2 s after a change, what is small goes by both, unless delay rose first.
@@ -249,10 +249,12 @@ func (c *chooser) watch(v view, o *orders) {
 	}
 }
 
-// strained looks whether UDP is throttled where TCP may not be.
+// strained looks whether UDP is throttled where TCP is not: on a link that is
+// too slow for the call altogether what goes by lanes waits as well.
 func (c *chooser) strained(v view, o *orders) {
-	s := v.ways[c.way]
-	if c.way == wire.WayLanes || !s.Bad || !v.ways[wire.WayLanes].Present || v.now.Before(c.again[wire.WayLanes].at) {
+	s, lanes := v.ways[c.way], v.ways[wire.WayLanes]
+	free := lanes.Present && lanes.Delay <= risen && v.now.Sub(lanes.Reported) < deaf
+	if c.way == wire.WayLanes || !s.Bad || !free {
 		c.strain = time.Time{}
 		return
 	}
@@ -260,7 +262,7 @@ func (c *chooser) strained(v view, o *orders) {
 		c.strain = v.now
 	}
 	if v.now.Sub(c.strain) >= strained {
-		c.leave(v, o, wire.WayLanes, fmt.Sprintf("%v carries less than the call sends; TCP is tried", c.way), tunnel.PathStrained, false)
+		c.leave(v, o, wire.WayLanes, fmt.Sprintf("%v carries less than the call sends, and nothing waits on TCP", c.way), tunnel.PathStrained, false)
 	}
 }
 

@@ -179,6 +179,18 @@ func TestTheChooser(t *testing.T) {
 				w.t.Fatal("datagrams still go by lanes")
 			}
 		},
+		"UDP that is throttled is left for lanes": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Bad = true
+			w.pass(2 * second)
+			w.uses(lanes, wire.NoWay)
+		},
+		"on a link that is slow for all the way stays": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Bad, w.ways[lanes].Delay = true, 100*time.Millisecond
+			w.pass(10 * second)
+			w.uses(sealed, wire.NoWay)
+		},
 		"an idle session is not asked about": func(w *world) {
 			w.pass(second)
 			w.idle = true
