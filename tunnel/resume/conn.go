@@ -1,7 +1,6 @@
 package resume
 
 import (
-	"bufio"
 	"io"
 	"net"
 	"os"
@@ -64,7 +63,7 @@ type Conn struct {
 
 	// The carrier stream. generation grows with each, and when one is left.
 	under      tunnel.Stream // nil: detached
-	in         *bufio.Reader
+	in         *framer
 	generation int
 	broken     error       // why nothing can be written to it; what has come is still read
 	left       int         // bytes of the current data frame that have not been read
@@ -133,7 +132,7 @@ func (c *Conn) Attach(under tunnel.Stream, received uint64) error {
 		return err
 	}
 	old := c.leaveLocked()
-	c.under, c.in = under, bufio.NewReaderSize(under, 1024)
+	c.under, c.in = under, &framer{r: under}
 	c.local, c.remote = under.LocalAddr(), under.RemoteAddr()
 	if !c.closed {
 		c.expiry.Stop()
@@ -351,12 +350,12 @@ func (c *Conn) pullLocked(p []byte) (n int) {
 	var f frame
 	var err error
 	if left == 0 {
-		if f, err = readFrame(in); err == nil && f.kind == frameData {
+		if f, err = in.next(); err == nil && f.kind == frameData {
 			left = f.length
 		}
 	}
-	if err == nil && left > 0 && (f.length == 0 || in.Buffered() > 0) {
-		n, err = in.Read(p[:min(len(p), left)])
+	if err == nil && left > 0 {
+		n, err = in.r.Read(p[:min(len(p), left)])
 	}
 	c.mu.Lock()
 	c.pulling = false

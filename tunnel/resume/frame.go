@@ -1,7 +1,6 @@
 package resume
 
 import (
-	"bufio"
 	"encoding/binary"
 	"io"
 
@@ -48,46 +47,61 @@ type frame struct {
 	code   tunnel.Code
 }
 
-// readFrame reads the next frame. It takes nothing from r unless the whole
-// frame, or the head of data, is there, so that it may be called again after a
-// timeout.
-func readFrame(r *bufio.Reader) (f frame, err error) {
-	head, err := r.Peek(headBytes)
-	if err != nil {
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
+// A framer reads frames from a carrier stream, byte by byte no more than they
+// hold: what follows the head of data is read straight to where it belongs.
+type framer struct {
+	r   io.Reader
+	buf [headBytes + maxCode]byte
+	n   int // bytes of buf that have come of the frame being read
+}
+
+// next reads the next frame; of data, only the head. After an error it may be
+// called again: what had come of a frame is kept.
+func (r *framer) next() (f frame, err error) {
+	if err := r.fill(headBytes); err != nil {
 		return frame{}, err
 	}
-	f.kind, f.length = head[0], int(binary.BigEndian.Uint16(head[1:]))
+	f.kind, f.length = r.buf[0], int(binary.BigEndian.Uint16(r.buf[1:]))
 	switch {
 	case f.kind == frameData && f.length > 0:
-		r.Discard(headBytes)
+		r.n = 0
 		return f, nil
 	case f.kind == frameAck && f.length == ackBytes, (f.kind == frameEnd || f.kind == frameStop) && f.length == 0, f.kind == frameReset && f.length <= maxCode:
 	default:
 		return frame{}, errFrame
 	}
-	body, err := r.Peek(headBytes + f.length)
-	if err != nil {
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
+	if err := r.fill(headBytes + f.length); err != nil {
 		return frame{}, err
 	}
+	body := r.buf[headBytes : headBytes+f.length]
+	r.n = 0
 	switch f.kind {
 	case frameAck:
-		f.ack = binary.BigEndian.Uint64(body[headBytes:])
+		f.ack = binary.BigEndian.Uint64(body)
 	case frameReset:
-		f.code = tunnel.Code(body[headBytes:])
-		for _, c := range []byte(f.code) {
+		f.code = tunnel.Code(body)
+		for _, c := range body {
 			if c != '_' && (c < 'a' || c > 'z') {
 				f.code = tunnel.Internal
 			}
 		}
 	}
-	r.Discard(headBytes + f.length)
 	return f, nil
+}
+
+// fill reads until there are n bytes.
+func (r *framer) fill(n int) error {
+	for r.n < n {
+		m, err := r.r.Read(r.buf[r.n:n])
+		r.n += m
+		if err != nil && r.n < n {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return err
+		}
+	}
+	return nil
 }
 
 var errFrame = tunnel.Errorf(tunnel.Internal, "the other end broke the rules of a stream; update the older side")
