@@ -24,11 +24,12 @@ const (
 	farBelow   = 0.7
 	mostFall   = 0.3                    // of itself at one report
 	after      = 0.85                   // of what bulk had when the queue was full: its rate after a drain
-	drainShare = 0.125                  // of that: its rate during the drain
-	drainTime  = 500 * time.Millisecond // without success: less still
+	drainTime  = 500 * time.Millisecond // without success: half after it
 	settleTime = 200 * time.Millisecond // after a drain: until reports speak of what came later
+	giveTime   = 2 * time.Second        // at the floor: until what TCP had taken before is through
 
 	silence  = time.Second            // without a report: halve
+	shortest = 50 * time.Millisecond  // how far apart they are at least
 	oldest   = 250 * time.Millisecond // how far apart reports are at most, as far as the loop is concerned
 	averaged = 500 * time.Millisecond // over which what is written is averaged
 )
@@ -44,6 +45,7 @@ type controller struct {
 	draining bool
 	resume   float64       // the rate after the drain
 	acted    time.Duration // when the drain was begun, deepened or ended
+	low      time.Duration // when the rate came down to the floor; valid while it is there
 	growth   float64       // of itself per second, while the queue is about empty
 	ceiling  float64       // the rate when the queue was last not so
 
@@ -56,24 +58,40 @@ type controller struct {
 func (c *controller) start(rate float64, now time.Duration) {
 	*c = controller{queue: c.queue, seen: now, cut: now, acted: now - settleTime, counted: now, average: rate}
 	if rate > 0 {
-		c.rate = max(floor, rate)
+		c.set(rate, now)
 	}
 }
 
+// set changes the rate.
+func (c *controller) set(rate float64, now time.Duration) {
+	if rate <= floor && c.rate != floor {
+		c.low = now
+	}
+	c.rate = max(floor, rate)
+}
+
+// spent reports whether bulk has given way as far as it does, and long enough
+// for that to have told.
+func (c *controller) spent(now time.Duration) bool {
+	return c.rate == floor && now-c.low >= giveTime
+}
+
 // join takes in a stream that has run free beside the others.
-func (c *controller) join(rate float64) {
+func (c *controller) join(rate float64, now time.Duration) {
 	c.average += rate
 	if c.draining {
 		c.resume += rate
 	} else {
-		c.rate += rate
+		c.set(c.rate+rate, now)
 	}
 }
 
 // drain lets the queue run empty: what has gone too far already takes a while.
-func (c *controller) drain(now time.Duration) {
-	c.resume = max(floor, after*min(c.rate, c.average))
-	c.rate = max(floor, drainShare*c.resume)
+// The queue has grown by so much of each second: the path bears 1/(1+slope) of
+// what came to it.
+func (c *controller) drain(now time.Duration, slope float64) {
+	c.resume = max(floor, after*min(c.rate, c.average)/(1+max(0, slope)))
+	c.set(floor, now)
 	c.draining, c.acted, c.growth = true, now, 0
 }
 
@@ -83,15 +101,16 @@ func (c *controller) wrote(bytes int) { c.written += 8 * float64(bytes) }
 // tick answers silence.
 func (c *controller) tick(now time.Duration) {
 	if now-max(c.seen, c.cut) >= silence {
-		c.rate = max(floor, c.rate/2)
+		c.set(c.rate/2, now)
 		c.resume = c.rate
 		c.growth = 0
 		c.cut = now
 	}
 }
 
-// report takes a measurement; busy: bulk is being paced.
-func (c *controller) report(now, queue time.Duration, busy bool) {
+// report takes a measurement; busy: bulk is being paced; held: media is itself
+// held back.
+func (c *controller) report(now, queue time.Duration, busy, held bool) {
 	elapsed := now - c.seen
 	grown := (queue - c.queue).Seconds()
 	if elapsed > 2*oldest {
@@ -108,19 +127,21 @@ func (c *controller) report(now, queue time.Duration, busy bool) {
 		return
 	}
 	switch {
+	case held && c.spent(now):
+		// What media leaves free is its own, to come back to.
+		c.draining, c.growth = false, 0
 	case c.draining && queue <= aim:
 		c.draining, c.acted = false, now
-		c.rate = c.resume
+		c.set(c.resume, now)
 		c.average = c.resume // what was written to drain says nothing
 	case c.draining:
 		if now-c.acted >= drainTime {
-			c.resume = max(floor, after*c.resume)
-			c.rate = max(floor, c.rate/2)
+			c.resume = max(floor, c.resume/2)
 			c.acted = now
 		}
 	case now-c.acted < settleTime:
 	case queue > full:
-		c.drain(now)
+		c.drain(now, grown/max(dt, shortest.Seconds()))
 	default:
 		change := pull*(aim-queue).Seconds()*dt - pushBack*grown
 		if queue < aim/2 {
@@ -135,7 +156,7 @@ func (c *controller) report(now, queue time.Duration, busy bool) {
 		}
 		// A rate that nobody uses is not proven: it must not grow further.
 		if change < 0 || c.rate < 2*c.average {
-			c.rate = max(floor, c.rate*(1+max(change, -mostFall)))
+			c.set(c.rate*(1+max(change, -mostFall)), now)
 		}
 	}
 }

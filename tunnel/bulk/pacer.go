@@ -96,18 +96,29 @@ func (p *Pacer) Live(live bool) {
 	p.control.start(rate, now)
 	p.next = now
 	if rate > 0 {
-		p.control.drain(now) // until a report says that nothing queues
+		p.control.drain(now, 0) // until a report says that nothing queues
 		p.served = now
 	}
 }
 
 // Delay takes the newest measurement of queueing above the base delay in the
-// direction of our Writes, which came at now.
-func (p *Pacer) Delay(now time.Time, queueing time.Duration) {
+// direction of our Writes, which came at now. held says that media is itself
+// held back there: what it leaves free is not for bulk.
+func (p *Pacer) Delay(now time.Time, queueing time.Duration, held bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	at := now.Sub(p.begin)
-	p.control.report(at, queueing, p.activeLocked(at))
+	p.control.report(at, queueing, p.activeLocked(at), held)
+}
+
+// Gives reports whether bulk is being paced and still gives way to a full path,
+// so that media need not: it is above its floor, or has been there for less
+// than two seconds.
+func (p *Pacer) Gives() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := p.now()
+	return p.activeLocked(now) && !p.control.spent(now)
 }
 
 // Active reports whether something is being paced. The caller then asks for
@@ -160,7 +171,7 @@ func (p *Pacer) settle(s *stream) {
 		p.bulk[s] = struct{}{}
 		if p.live.Load() {
 			if p.activeLocked(now) {
-				p.control.join(rate)
+				p.control.join(rate, now)
 			} else {
 				p.control.start(rate, now) // what was right for others some time ago says nothing
 			}

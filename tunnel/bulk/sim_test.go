@@ -84,6 +84,7 @@ type link struct {
 	rate   float64       // bits per second
 	media  float64       // bits per second
 	mute   bool          // reports are lost
+	held   bool          // media is held back
 	noise  time.Duration // reports are wrong by up to this
 	oneWay time.Duration
 	p      *Pacer
@@ -205,7 +206,7 @@ func (l *link) step() {
 	}
 	l.mu.Unlock()
 	for _, q := range news {
-		l.p.Delay(time.Now(), q)
+		l.p.Delay(time.Now(), q, l.held)
 	}
 	if made {
 		l.report = l.now + 250*ms
@@ -432,6 +433,68 @@ func TestBulkGivesWayToOthers(t *testing.T) {
 		l.run(5 * time.Second)
 		if bulk, p99 := l.mbits(5*time.Second), l.quantile(.99); bulk < 12 || p99 > 60*ms {
 			t.Errorf("12 s after the overload bulk has %.1f Mbit/s at %v (99th percentile)", bulk, p99)
+		}
+		end()
+	})
+}
+
+// What media that is held back leaves free is its own: bulk stays at its floor,
+// and comes back when the media does.
+func TestBulkDoesNotTakeTheRoomOfMediaThatIsHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLink(20, 3.2)
+		l.p.Live(true)
+		end := l.downloads(2)
+		l.run(8 * time.Second)
+		if !l.p.Gives() {
+			t.Error("bulk at its share does not give way")
+		}
+		l.mu.Lock()
+		l.media = 25e6
+		l.mu.Unlock()
+		l.run(10 * time.Second)
+		if l.p.Gives() {
+			t.Error("bulk has more to give at its floor")
+		}
+		l.mu.Lock()
+		l.media, l.held = 1e6, true
+		l.mu.Unlock()
+		l.run(5 * time.Second)
+		if rate := l.p.Stats().Rate; rate != floor {
+			t.Errorf("the rate is %v beside media that is held back, want %v", rate, floor)
+		}
+		l.mu.Lock()
+		l.media, l.held = 3.2e6, false
+		l.mu.Unlock()
+		l.run(12 * time.Second)
+		if rate := l.p.Stats().Rate; rate < 12e6 {
+			t.Errorf("the rate is %v when media is free again", rate)
+		}
+		end()
+	})
+}
+
+// A path that falls to a twelfth under bulk has room for the call as soon as
+// what TCP had in it has left.
+func TestACallComesFirstSoonAfterThePathFalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLink(250, 3.2)
+		end := l.downloads(2)
+		l.run(20 * time.Second)
+		l.p.Live(true)
+		l.run(8 * time.Second)
+		if rate := l.p.Stats().Rate; rate < 100e6 {
+			t.Fatalf("the rate is %v before the fall", rate)
+		}
+		l.mu.Lock()
+		l.rate = 20e6
+		l.mu.Unlock()
+		l.run(2 * time.Second)
+		l.forget()
+		l.run(8 * time.Second)
+		t.Logf("bulk %.1f Mbit/s; queueing p50 %v, p90 %v, p99 %v", l.mbits(8*time.Second), l.quantile(.5), l.quantile(.9), l.quantile(.99))
+		if p90 := l.quantile(.9); p90 > 80*ms {
+			t.Errorf("queueing from 2 s after the fall on: 90th percentile %v", p90)
 		}
 		end()
 	})

@@ -52,7 +52,7 @@ func held(t *testing.T, p *Pacer) (near, far tunnel.Stream) {
 		t.Fatal(err)
 	}
 	p.Live(true)
-	p.Delay(time.Now(), 200*time.Millisecond)
+	p.Delay(time.Now(), 200*time.Millisecond, false)
 	for p.Stats().Rate != floor { // no report comes any more
 		if _, err := near.Write(make([]byte, 10_000)); err != nil {
 			t.Fatal(err)
@@ -209,7 +209,7 @@ func TestBytesPassWholeThroughSpliceWhilePacingComesAndGoes(t *testing.T) {
 			p.Live(true)
 			for range 8 {
 				time.Sleep(50 * time.Millisecond)
-				p.Delay(time.Now(), 0)
+				p.Delay(time.Now(), 0, false)
 				paced = paced || p.Stats().Rate > 0
 			}
 			p.Live(false)

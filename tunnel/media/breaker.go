@@ -35,6 +35,11 @@ const (
 	freeAfter  = time.Second            // of good reports
 	meanOver   = 300 * time.Millisecond // time constant of the received rate's mean
 	maxGap     = 500 * time.Millisecond // what one report can stand for
+
+	// A report speaks of what left here up to staleFor ago, over a full path:
+	// the reports themselves wait in it.
+	staleFor  = 750 * time.Millisecond
+	mostStale = 16 // reports in that time, where they come every 50 ms
 )
 
 // A Breaker is a circuit breaker (RFC 8084) for one direction of a way that has
@@ -47,6 +52,9 @@ const (
 //	 |                                             | loss < 2 %, or no queue: upwards, 8 %/s at first
 //	 +--- 1 s well and a fifth unused -------------+ loss > 10 % or a queue again: downwards
 //
+// While other traffic of ours yields it is free: a full path is answered there,
+// which is one answer for both.
+//
 // A report is the peer's word. One that lies can make this end send the peer
 // itself more slowly, never below MinShape, or not be shaped at all, which is
 // what every way is without a breaker; it reaches no other session. It is pure
@@ -55,8 +63,9 @@ type Breaker struct {
 	rate     float64 // bits/s; 0: free
 	bad      bool
 	last     time.Time // of the last report; zero: none
-	sent     float64   // in the last report
-	received float64   // in the last report
+	sent     [mostStale]sending
+	next     int     // in sent, a ring
+	received float64 // in the last report
 
 	harm    float64       // loss x seconds in this run of bad reports
 	run     int           // bad reports in a row
@@ -74,12 +83,19 @@ type Breaker struct {
 	draining bool
 }
 
+// sending is what left here at the time of a report.
+type sending struct {
+	at   time.Time
+	rate float64
+}
+
 // Seen is what is known about one report interval of the outgoing direction.
 type Seen struct {
 	Sent     float64       // bits/s that left here, notices included
 	Received float64       // bits/s that came to the peer, in the same unit
 	Lost     float64       // of what was sent: 0 to 1
 	Delay    time.Duration // of queueing: above the shortest of late
+	Yields   bool          // other traffic of ours on the same path is giving way, and has more to give
 }
 
 // NewBreaker makes a breaker that is free.
@@ -95,12 +111,17 @@ func (b *Breaker) Report(now time.Time, s Seen) (bad bool, shape float64) {
 	}
 	s.Lost = min(max(0, s.Lost), 1)
 	s.Received, s.Sent = max(0, s.Received), max(0, s.Sent)
-	if b.rate == 0 {
+	queued := s.Delay >= delayRisen
+	switch {
+	case s.Yields:
+		b.rate = 0
+		b.calm()
+	case b.rate == 0:
 		b.watch(now, s, dt)
-	} else {
+	default:
 		b.steer(now, s, dt)
 	}
-	if s.Lost > lossBad {
+	if s.Lost > lossBad && !(s.Yields && queued) {
 		b.lossy += dt
 	} else {
 		b.lossy = 0
@@ -108,10 +129,12 @@ func (b *Breaker) Report(now time.Time, s Seen) (bad bool, shape float64) {
 	switch {
 	case b.rate > 0, b.harm >= tripHarm/2, b.lossy >= time.Second:
 		b.bad = true
-	case s.Lost < lossGood && b.run == 0:
+	case s.Lost < lossGood && b.run == 0, s.Yields && queued:
 		b.bad = false
 	}
-	b.last, b.sent, b.received = now, s.Sent, s.Received
+	b.last, b.received = now, s.Received
+	b.sent[b.next] = sending{now, s.Sent}
+	b.next = (b.next + 1) % mostStale
 	return b.bad, b.rate
 }
 
@@ -125,10 +148,16 @@ func (b *Breaker) Silence(now time.Time) {
 }
 
 // lost is the loss, or what the rates say of it where that is more: the count
-// of losses comes with reports, which are lost as well. What was sent in
-// two intervals is compared, since the ends' intervals are not the same.
-func (b *Breaker) lost(s Seen) float64 {
-	if sent := min(s.Sent, b.sent); sent > 0 {
+// of losses comes with reports, which are lost as well. The least that was
+// sent of late is compared: media that has just begun is not lost.
+func (b *Breaker) lost(now time.Time, s Seen) float64 {
+	sent := s.Sent
+	for i, before := range b.sent {
+		if now.Sub(before.at) <= staleFor || i == (b.next+mostStale-1)%mostStale {
+			sent = min(sent, before.rate)
+		}
+	}
+	if sent > 0 {
 		return max(s.Lost, 1-s.Received/sent)
 	}
 	return s.Lost
@@ -136,9 +165,9 @@ func (b *Breaker) lost(s Seen) float64 {
 
 // watch looks for congestion while free.
 func (b *Breaker) watch(now time.Time, s Seen, dt time.Duration) {
-	lost := b.lost(s)
+	lost := b.lost(now, s)
 	if lost <= lossBad || s.Delay < delayRisen || s.Received > 1.1*b.received {
-		b.run, b.harm, b.span, b.carried = 0, 0, 0, 0
+		b.calm()
 		return
 	}
 	if b.run++; b.run > 1 { // the first interval may hold something of the time before
@@ -155,9 +184,12 @@ func (b *Breaker) watch(now time.Time, s Seen, dt time.Duration) {
 		b.mean = b.carried / b.span.Seconds()
 	}
 	b.wall, b.using = b.mean, b.mean
-	b.run, b.harm, b.span, b.carried = 0, 0, 0, 0
+	b.calm()
 	b.lower(now, s.Delay, MinShape)
 }
+
+// calm ends a run of bad reports.
+func (b *Breaker) calm() { b.run, b.harm, b.span, b.carried = 0, 0, 0, 0 }
 
 // lower shapes to what arrives, and less while a queue has to be emptied.
 func (b *Breaker) lower(now time.Time, delay time.Duration, least float64) {

@@ -295,14 +295,14 @@ func TestWhatTripsABreaker(t *testing.T) {
 		shaped  bool
 	}{
 		"nothing is wrong":             {40, wellSeen, false, false},
-		"10 % with a queue for 0.75 s": {3, Seen{2e6, 1.79e6, 0.105, 60 * time.Millisecond}, true, false},
-		"10 % with a queue for 1 s":    {4, Seen{2e6, 1.79e6, 0.105, 60 * time.Millisecond}, true, true},
-		"40 % with a queue, once":      {1, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond}, true, false},
-		"40 % with a queue, twice":     {2, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond}, true, true},
-		"losses that are not known":    {3, Seen{2e6, 0.5e6, 0, 60 * time.Millisecond}, true, true},
-		"9 % with a queue":             {40, Seen{2e6, 1.82e6, 0.09, 60 * time.Millisecond}, false, false},
-		"40 % without a queue":         {40, Seen{2e6, 1.2e6, 0.4, 0}, true, false},
-		"a queue without loss":         {40, Seen{2e6, 2e6, 0, 300 * time.Millisecond}, false, false},
+		"10 % with a queue for 0.75 s": {3, Seen{2e6, 1.79e6, 0.105, 60 * time.Millisecond, false}, true, false},
+		"10 % with a queue for 1 s":    {4, Seen{2e6, 1.79e6, 0.105, 60 * time.Millisecond, false}, true, true},
+		"40 % with a queue, once":      {1, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond, false}, true, false},
+		"40 % with a queue, twice":     {2, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond, false}, true, true},
+		"losses that are not known":    {3, Seen{2e6, 0.5e6, 0, 60 * time.Millisecond, false}, true, true},
+		"9 % with a queue":             {40, Seen{2e6, 1.82e6, 0.09, 60 * time.Millisecond, false}, false, false},
+		"40 % without a queue":         {40, Seen{2e6, 1.2e6, 0.4, 0, false}, true, false},
+		"a queue without loss":         {40, Seen{2e6, 2e6, 0, 300 * time.Millisecond, false}, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			now := time.Unix(1e9, 0)
@@ -336,11 +336,11 @@ func TestALyingReportIsBounded(t *testing.T) {
 	b := NewBreaker()
 	feed(b, &now, 10, wellSeen)
 	for _, s := range []Seen{
-		{2e6, 0, 1, time.Hour},
-		{2e6, 0, 40, time.Hour},
-		{2e6, -5, -7, -time.Hour},
-		{0, 1e18, 0, 0},
-		{2e6, math.MaxUint32 * 1000, 1, 10 * time.Second},
+		{2e6, 0, 1, time.Hour, false},
+		{2e6, 0, 40, time.Hour, false},
+		{2e6, -5, -7, -time.Hour, false},
+		{0, 1e18, 0, 0, false},
+		{2e6, math.MaxUint32 * 1000, 1, 10 * time.Second, false},
 	} {
 		for range 200 {
 			now = now.Add(250 * time.Millisecond)
@@ -358,16 +358,61 @@ func TestSilenceCountsNeitherWay(t *testing.T) {
 	now := time.Unix(1e9, 0)
 	b := NewBreaker()
 	feed(b, &now, 10, wellSeen)
-	feed(b, &now, 1, Seen{2e6, 1.6e6, 0.2, 60 * time.Millisecond})
+	feed(b, &now, 1, Seen{2e6, 1.6e6, 0.2, 60 * time.Millisecond, false})
 	now = now.Add(time.Minute)
 	b.Silence(now)
-	if _, shape := feed(b, &now, 1, Seen{2e6, 1.9e6, 0.11, 60 * time.Millisecond}); shape != 0 {
+	if _, shape := feed(b, &now, 1, Seen{2e6, 1.9e6, 0.11, 60 * time.Millisecond, false}); shape != 0 {
 		t.Errorf("shaped to %.0f by a minute of nothing", shape)
 	}
-	_, before := feed(b, &now, 4, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond})
+	_, before := feed(b, &now, 4, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond, false})
 	now = now.Add(time.Minute)
 	b.Silence(now)
-	if _, after := feed(b, &now, 1, Seen{before, before, 0.05, 30 * time.Millisecond}); after != before {
+	if _, after := feed(b, &now, 1, Seen{before, before, 0.05, 30 * time.Millisecond, false}); after != before {
 		t.Errorf("shaped to %.0f before, %.0f after", before, after)
+	}
+}
+
+// Bulk that gives way answers for the congestion: a call is not held back
+// beside it, and is let go at once where it was.
+func TestMediaIsNotShapedWhileBulkYields(t *testing.T) {
+	full := Seen{Sent: 2.5e6, Received: 1.2e6, Lost: 0.5, Delay: 200 * time.Millisecond}
+	yields := full
+	yields.Yields = true
+	now := time.Unix(1e9, 0)
+	b := NewBreaker()
+	feed(b, &now, 10, wellSeen)
+	if bad, shape := feed(b, &now, 8, yields); bad || shape != 0 {
+		t.Errorf("beside bulk that yields: bad %v, shaped to %.0f", bad, shape)
+	}
+	if bad, shape := feed(b, &now, 4, full); !bad || shape == 0 {
+		t.Errorf("when bulk has nothing more to give: bad %v, shaped to %.0f", bad, shape)
+	}
+	if bad, shape := feed(b, &now, 1, yields); bad || shape != 0 {
+		t.Errorf("when bulk yields again: bad %v, shaped to %.0f", bad, shape)
+	}
+	yields.Delay = 0
+	if bad, shape := feed(b, &now, 8, yields); !bad || shape != 0 {
+		t.Errorf("a way that loses without a queue: bad %v, shaped to %.0f", bad, shape)
+	}
+}
+
+// Reports every 50 ms that wait 300 ms in a full queue tell of the time before
+// the media began.
+func TestMediaThatHasJustBegunIsNotLost(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	b := NewBreaker()
+	quiet := Seen{Sent: 5e3, Received: 5e3}
+	for i := range 40 {
+		s := quiet
+		if i >= 20 {
+			s.Sent, s.Delay = 2.5e6, 60*time.Millisecond
+		}
+		if i >= 30 {
+			s.Received = 2.5e6
+		}
+		now = now.Add(50 * time.Millisecond)
+		if bad, shape := b.Report(now, s); bad || shape != 0 {
+			t.Fatalf("report %d: bad %v, shaped to %.0f", i, bad, shape)
+		}
 	}
 }

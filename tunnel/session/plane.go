@@ -542,9 +542,10 @@ func (p *plane) tell(n wire.Notice) {
 	}
 }
 
-// queueing takes a measurement of the queueing in our outgoing direction.
-func (p *plane) queueing(y *way, now time.Time, d time.Duration) {
+// queueing takes a measurement of the queueing in our outgoing direction, and
+// whether media is held back there.
+func (p *plane) queueing(y *way, now time.Time, d time.Duration, held bool) {
 	if u := p.using.Load(); u != nil && u.first == y {
-		p.pacer.Delay(now, d)
+		p.pacer.Delay(now, d, held)
 	}
 }

@@ -266,13 +266,16 @@ func (y *way) report(r *wire.Report, now time.Time) {
 	delay := out.delay
 	if y.breaker != nil && fresh {
 		var rate float64
-		out.bad, rate = y.breaker.Report(now, media.Seen{Sent: out.rate, Lost: out.lost, Received: float64(r.Rate) * 1000, Delay: out.delay})
+		out.bad, rate = y.breaker.Report(now, media.Seen{
+			Sent: out.rate, Lost: out.lost, Received: float64(r.Rate) * 1000, Delay: out.delay, Yields: y.plane.pacer.Gives(),
+		})
 		out.shaped = rate > 0
 		y.room.Shape(rate)
 	}
+	shaped := out.shaped
 	y.mu.Unlock()
 	if r.Delay != wire.NoDelay {
-		y.plane.queueing(y, now, delay)
+		y.plane.queueing(y, now, delay, shaped)
 	}
 }
 
