@@ -8,6 +8,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"culvert/tunnel"
+	"culvert/tunnel/age"
 )
 
 const (
@@ -52,6 +53,9 @@ type Config struct {
 	// TokenGeneratorKey seals address validation tokens (RFC 9000 §8.1.3);
 	// give it to all listeners behind one address. nil: a random key.
 	TokenGeneratorKey *[32]byte
+	// MaxAge is how old a datagram may be when it arrives in a DATAGRAM frame,
+	// beyond the shortest way seen lately: older ones are dropped. 0: 150 ms.
+	MaxAge time.Duration
 	// Limits of a listener; zero fields have the defaults named there.
 	Limits Limits
 	// Log takes what is worth an operator's attention; nil discards it.
@@ -80,6 +84,12 @@ func (c Config) check() (Config, error) {
 		return c, tunnel.Errorf(tunnel.ConfigInvalid, "the QUIC carrier needs Config.TLS")
 	case len(c.TLS.NextProtos) == 0:
 		return c, tunnel.Errorf(tunnel.ConfigInvalid, "the QUIC carrier needs an ALPN name in Config.TLS.NextProtos (RFC 9001 §8.1)")
+	}
+	switch {
+	case c.MaxAge == 0:
+		c.MaxAge = 150 * time.Millisecond
+	case c.MaxAge < 0 || c.MaxAge >= age.Range:
+		return c, tunnel.Errorf(tunnel.ConfigInvalid, "Config.MaxAge is %v; use less than %v, the most that a send time can tell", c.MaxAge, age.Range)
 	}
 	for _, l := range []struct {
 		name  string

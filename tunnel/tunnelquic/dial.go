@@ -165,7 +165,7 @@ func (d *Dialer) dial(ctx context.Context, host string, to netip.AddrPort) (*can
 	}
 	sock.strict.Store(false)
 	sock.bound()
-	l := newLink(conn, sock, false, func(*link) {
+	l := newLink(conn, sock, false, d.cfg.MaxAge, func(*link) {
 		if n := sock.failed.Load(); n > 0 {
 			d.cfg.Log.Info("the kernel refused packets of a QUIC connection", "remote", to, "packets", n)
 		}

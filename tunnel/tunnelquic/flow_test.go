@@ -4,6 +4,7 @@ package tunnelquic
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"net"
@@ -30,6 +31,7 @@ func listenAt(t testing.TB, network, address string, c Config) *Listener {
 	if err != nil {
 		t.Skip(err)
 	}
+	c.MaxAge = cmp.Or(c.MaxAge, standing)
 	l, err := Listen(conn, c)
 	if err != nil {
 		t.Fatal(err)

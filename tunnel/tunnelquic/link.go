@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/quic-go/quic-go"
 )
@@ -17,6 +18,7 @@ type link struct {
 	sock   *socket
 	flow   *flow
 	server bool
+	maxAge time.Duration
 	peer   ed25519.PublicKey
 	gone   chan struct{} // closed when the connection has ended and release has returned
 
@@ -26,8 +28,8 @@ type link struct {
 
 // newLink takes over conn. release is called once when the connection has
 // ended, for whatever reason.
-func newLink(conn *quic.Conn, sock *socket, server bool, release func(*link)) *link {
-	l := &link{conn: conn, sock: sock, server: server, gone: make(chan struct{})}
+func newLink(conn *quic.Conn, sock *socket, server bool, maxAge time.Duration, release func(*link)) *link {
+	l := &link{conn: conn, sock: sock, server: server, maxAge: maxAge, gone: make(chan struct{})}
 	if certs := conn.ConnectionState().TLS.PeerCertificates; len(certs) > 0 {
 		l.peer, _ = certs[0].PublicKey.(ed25519.PublicKey)
 	}

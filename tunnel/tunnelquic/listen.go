@@ -129,7 +129,7 @@ func (l *Listener) accept() {
 			continue
 		}
 		settled := sync.OnceFunc(func() { l.unanswered.Add(-1) })
-		k := newLink(conn, l.sock, true, func(k *link) {
+		k := newLink(conn, l.sock, true, l.cfg.MaxAge, func(k *link) {
 			settled()
 			l.ended(k)
 		})

@@ -1,6 +1,7 @@
 package tunnelquic
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -74,8 +75,13 @@ func udp(t testing.TB) *net.UDPConn {
 }
 
 // listen starts a listener that is shut down when the test is over.
+// standing is how old a datagram may be in tests: longer than a machine stands
+// still.
+const standing = 20 * time.Second
+
 func listen(t testing.TB, c Config) *Listener {
 	t.Helper()
+	c.MaxAge = cmp.Or(c.MaxAge, standing)
 	l, err := Listen(udp(t), c)
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +96,7 @@ func listen(t testing.TB, c Config) *Listener {
 
 func dialer(t testing.TB, c *tls.Config) *Dialer {
 	t.Helper()
-	d, err := NewDialer(Config{TLS: c})
+	d, err := NewDialer(Config{TLS: c, MaxAge: standing})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,13 +2,16 @@ package tunnelquic
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/quic-go/quic-go"
 
 	"culvert/tunnel"
+	"culvert/tunnel/age"
 )
 
 const (
@@ -17,7 +20,14 @@ const (
 	handoff = 4
 	// maxPacket is more than any QUIC packet that quic-go sends (1,452 bytes).
 	maxPacket = 2048
+	// stamp is the length of the send time before each datagram. quic-go keeps
+	// up to 32 for as long as its congestion window is shut, and sends them when
+	// a path is back: the receiver drops what has become too old.
+	stamp = 2
 )
+
+// origin is that of the clock of send times.
+var origin = time.Now()
 
 // A way sends DATAGRAM frames.
 //
@@ -29,9 +39,11 @@ type way struct {
 	filled chan []byte // datagrams; never blocks, since it has room for all buffers
 	want   atomic.Bool // a Send found no free buffer since writable was called
 
-	max      atomic.Int64 // what Max has last said
-	tooLarge atomic.Uint64
-	failed   atomic.Uint64
+	max       atomic.Int64 // what Max has last said
+	tooLarge  atomic.Uint64
+	late      atomic.Uint64
+	malformed atomic.Uint64
+	failed    atomic.Uint64
 
 	mu       sync.Mutex // guards running.Go against running.Wait
 	stopped  bool
@@ -58,12 +70,19 @@ func (w *way) Start(recv func([]byte), writable func()) {
 }
 
 func (w *way) receive(recv func([]byte)) {
+	var ages age.Ages
 	for {
 		p, err := w.link.conn.ReceiveDatagram(context.Background())
-		if err != nil { // the connection has ended
+		switch {
+		case err != nil: // the connection has ended
 			return
+		case len(p) < stamp:
+			w.malformed.Add(1)
+		case ages.Of(time.Since(origin), binary.BigEndian.Uint16(p)) > w.link.maxAge:
+			w.late.Add(1)
+		default:
+			recv(p[stamp:])
 		}
-		recv(p)
 	}
 }
 
@@ -77,7 +96,7 @@ func (w *way) send(writable func()) {
 			var large *quic.DatagramTooLargeError
 			switch err := w.link.conn.SendDatagram(p); {
 			case errors.As(err, &large): // the path has narrowed since Send looked
-				w.max.Store(large.MaxDatagramPayloadSize)
+				w.max.Store(max(0, large.MaxDatagramPayloadSize-stamp))
 				w.tooLarge.Add(1)
 			case err != nil:
 				w.failed.Add(1)
@@ -112,18 +131,19 @@ func (w *way) Send(p []byte) error {
 			return tunnel.ErrBlocked
 		}
 	}
-	w.filled <- append(b[:0], p...)
+	b = binary.BigEndian.AppendUint16(b[:0], uint16(time.Since(origin).Milliseconds()))
+	w.filled <- append(b, p...)
 	return nil
 }
 
 // Max asks quic-go, whose answer follows path MTU discovery: a datagram larger
 // than any packet is refused before anything is done with it, and the error
 // says what would fit. quic-go reckons with the longest connection ID (20
-// bytes; ours have 4), which leaves room for the frame's own header.
+// bytes; ours have 8), which leaves room for the frame's own header.
 func (w *way) Max() int {
 	var large *quic.DatagramTooLargeError
 	if err := w.link.conn.SendDatagram(w.oversize); errors.As(err, &large) {
-		w.max.Store(max(0, large.MaxDatagramPayloadSize))
+		w.max.Store(max(0, large.MaxDatagramPayloadSize-stamp))
 	}
 	return int(w.max.Load())
 }
@@ -131,7 +151,7 @@ func (w *way) Max() int {
 func (w *way) Name() string { return "quic-datagram" }
 
 func (w *way) Lost() map[string]uint64 {
-	return map[string]uint64{"too_large": w.tooLarge.Load(), "connection_ended": w.failed.Load()}
+	return map[string]uint64{"too_large": w.tooLarge.Load(), "connection_ended": w.failed.Load(), "late": w.late.Load(), "malformed": w.malformed.Load()}
 }
 
 // wait returns when nothing of the way runs any more. The connection has ended.

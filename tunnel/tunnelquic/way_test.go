@@ -1,6 +1,7 @@
 package tunnelquic
 
 import (
+	"encoding/binary"
 	"errors"
 	"io"
 	"testing"
@@ -122,7 +123,8 @@ func TestDatagramsBetweenAnswerAndCarrierArrive(t *testing.T) {
 	step(sc, cc)
 	const sent = 20
 	for i := range sent {
-		if err := cc.(*candidate).conn.SendDatagram([]byte{byte(i)}); err != nil {
+		p := binary.BigEndian.AppendUint16(nil, uint16(time.Since(origin).Milliseconds()))
+		if err := cc.(*candidate).conn.SendDatagram(append(p, byte(i))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -143,5 +145,31 @@ func TestDatagramsBetweenAnswerAndCarrierArrive(t *testing.T) {
 		case <-time.After(testPatience):
 			t.Fatalf("%d of %d arrived", i, sent)
 		}
+	}
+}
+
+func TestDatagramsThatQUICHeldForTooLongAreDropped(t *testing.T) {
+	s, c, _ := configs(t)
+	client, server := carriers(t, listen(t, Config{TLS: s, MaxAge: 10 * time.Second}), dialer(t, c))
+	got := make(chan byte, 100)
+	server.Datagrams().Start(func(p []byte) { got <- p[0] }, func() {})
+	w := client.Datagrams().(*way)
+	w.Start(func([]byte) {}, func() {})
+	send := func(what byte, age time.Duration) {
+		b := <-w.free
+		b = binary.BigEndian.AppendUint16(b[:0], uint16((time.Since(origin) - age).Milliseconds()))
+		w.filled <- append(b, what)
+	}
+	send(1, 0)
+	if <-got != 1 {
+		t.Fatal("the first is not the first")
+	}
+	send(2, 20*time.Second) // more than any machine stands still
+	send(3, 0)
+	if what := <-got; what != 3 {
+		t.Errorf("datagram %d came, want 3 after what was too old", what)
+	}
+	if n := server.Datagrams().Lost()["late"]; n != 1 {
+		t.Errorf("%d were counted as late, want 1", n)
 	}
 }

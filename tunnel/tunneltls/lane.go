@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/age"
 )
 
 const (
@@ -146,7 +147,7 @@ func (w *lane) transmit(writable func()) error {
 
 // receive reads until the lane ends.
 func (w *lane) receive(recv func([]byte)) error {
-	var ages ages
+	var ages age.Ages
 	buf := make([]byte, readAtOnce)
 	for have := 0; ; {
 		n, err := w.link.Read(buf[have:])
@@ -165,7 +166,7 @@ func (w *lane) receive(recv func([]byte)) error {
 				break
 			}
 			at += size
-			if ages.age(now, sent) > w.maxAge {
+			if ages.Of(now, sent) > w.maxAge {
 				w.late.Add(1)
 				continue
 			}

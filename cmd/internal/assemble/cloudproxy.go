@@ -125,7 +125,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	// A session meets its own limit first, and that has a sentence. QUIC counts
 	// streams until both ends have confirmed their end, and makes further ones wait.
 	streams := cmp.Or(p.Limits.Streams, defaultStreams)
-	quicConf := tunnelquic.Config{TLS: tlsConf, Limits: tunnelquic.Limits{Streams: 2*streams + controlStreams}, Log: p.Log}
+	quicConf := tunnelquic.Config{TLS: tlsConf, Limits: tunnelquic.Limits{Streams: 2*streams + controlStreams}, MaxAge: p.MaxWait, Log: p.Log}
 	if p.ResetKey != nil {
 		if quicConf.StatelessResetKey, err = resetKey(p.ResetKey, p.Address); err == nil {
 			quicConf.TokenGeneratorKey, err = derive(p.ResetKey, "culvert address validation")

@@ -144,11 +144,11 @@ func newUplink(c *config.Sidecar, log *slog.Logger) (*uplink.Uplink, error) {
 	if err != nil {
 		return nil, err
 	}
-	quic, err := tunnelquic.NewDialer(tunnelquic.Config{TLS: conf, Log: log})
+	maxWait := time.Duration(c.Media.MaxWait)
+	quic, err := tunnelquic.NewDialer(tunnelquic.Config{TLS: conf, MaxAge: maxWait, Log: log})
 	if err != nil {
 		return nil, err
 	}
-	maxWait := time.Duration(c.Media.MaxWait)
 	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
 	if err != nil {
 		return nil, err

@@ -1,4 +1,4 @@
-package tunneltls
+package age
 
 import (
 	"testing"
@@ -30,10 +30,10 @@ func TestAgeIsTheDelayBeyondTheShortestLately(t *testing.T) {
 			{0, 70 * ms, 0}, {10 * s, 70 * ms, 1 * ms}, {20 * s, 70 * ms, 2 * ms}, {30 * s, 70 * ms, 2 * ms}, {40 * s, 70 * ms, 2 * ms}}},
 	} {
 		t.Run(q.name, func(t *testing.T) {
-			var a ages
+			var a Ages
 			for i, r := range q.of {
 				clock := r.sent + time.Duration(float64(r.sent)*q.rate) + q.origin
-				got := a.age(r.sent+r.delay, uint16(clock.Milliseconds()))
+				got := a.Of(r.sent+r.delay, uint16(clock.Milliseconds()))
 				if d := got - r.age; d < -2*ms || d > 2*ms {
 					t.Errorf("record %d, sent at %v, %v on its way: age %v; want %v", i, r.sent, r.delay, got, r.age)
 				}
@@ -44,10 +44,10 @@ func TestAgeIsTheDelayBeyondTheShortestLately(t *testing.T) {
 
 // Four days at 100 parts in a million are more than half the send time's range.
 func TestAgeFollowsDriftForDays(t *testing.T) {
-	var a ages
+	var a Ages
 	for now := time.Duration(0); now < 10*24*time.Hour; now += 5 * time.Second {
 		clock := now - time.Duration(float64(now)*100e-6)
-		if age := a.age(now, uint16(clock.Milliseconds())); age > 5*time.Millisecond {
+		if age := a.Of(now, uint16(clock.Milliseconds())); age > 5*time.Millisecond {
 			t.Fatalf("age %v after %v on a way without delay", age, now)
 		}
 	}

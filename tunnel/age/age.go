@@ -1,8 +1,8 @@
-package tunneltls
+package age
 
 import "time"
 
-// ages tells how long records were on their way beyond the shortest way seen
+// Ages tells how long records were on their way beyond the shortest way seen
 // lately, from the sender's 16-bit millisecond clock and ours, whose origins
 // and rates differ.
 //
@@ -18,11 +18,14 @@ import "time"
 // have drifted, so that what was held up for the whole silence is still late.
 //
 // It measures to the millisecond. It is for one goroutine.
-type ages struct {
-	least [agesParts]offset // a ring, by time
-	part  int64             // the number of the newest part since the start
+type Ages struct {
+	least [parts]offset // a ring, by time
+	part  int64         // the number of the newest part since the start
 	known bool
 }
+
+// Range is what the age of a record can be told up to: half of the send time's.
+const Range = 1 << 15 * time.Millisecond
 
 type offset struct {
 	ms  int64
@@ -30,52 +33,52 @@ type offset struct {
 }
 
 const (
-	agesParts = 6
-	agesPart  = 5 * time.Second
+	parts = 6
+	span  = 5 * time.Second
 	// drift is how much faster one of two clocks may be; quartz stays within
 	// 100 parts in a million.
 	drift = 200e-6
 )
 
-// age takes the arrival, as time since any fixed origin that never goes back,
+// Of takes the arrival, as time since any fixed origin that never goes back,
 // and the send time of one record.
-func (a *ages) age(arrival time.Duration, sent uint16) time.Duration {
+func (a *Ages) Of(arrival time.Duration, sent uint16) time.Duration {
 	ms := arrival.Milliseconds()
 	if !a.known {
 		a.known = true
-		a.part = int64(arrival / agesPart)
-		a.least[a.part%agesParts] = offset{int64(uint16(ms) - sent), true}
+		a.part = int64(arrival / span)
+		a.least[a.part%parts] = offset{int64(uint16(ms) - sent), true}
 		return 0
 	}
-	a.turn(int64(arrival / agesPart))
+	a.turn(int64(arrival / span))
 	base := a.smallest()
 	// The offset is what lies within 32 s of the base and equals arrival -
 	// send time modulo 65,536.
 	now := base + int64(int16(uint16(ms)-sent-uint16(base)))
-	if slot := &a.least[a.part%agesParts]; !slot.set || now < slot.ms {
+	if slot := &a.least[a.part%parts]; !slot.set || now < slot.ms {
 		*slot = offset{now, true}
 	}
 	return time.Duration(max(now-base, 0)) * time.Millisecond
 }
 
 // turn moves the window on.
-func (a *ages) turn(part int64) {
+func (a *Ages) turn(part int64) {
 	gap := part - a.part
 	if gap <= 0 {
 		return
 	}
 	last := a.smallest()
-	for i := range min(gap, agesParts) {
-		a.least[(part-i)%agesParts] = offset{}
+	for i := range min(gap, parts) {
+		a.least[(part-i)%parts] = offset{}
 	}
 	a.part = part
-	if gap >= agesParts {
-		raised := time.Duration(float64(gap) * drift * float64(agesPart)).Milliseconds()
-		a.least[part%agesParts] = offset{last + raised, true}
+	if gap >= parts {
+		raised := time.Duration(float64(gap) * drift * float64(span)).Milliseconds()
+		a.least[part%parts] = offset{last + raised, true}
 	}
 }
 
-func (a *ages) smallest() int64 {
+func (a *Ages) smallest() int64 {
 	least := offset{}
 	for _, o := range a.least {
 		if o.set && (!least.set || o.ms < least.ms) {
