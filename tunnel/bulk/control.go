@@ -23,8 +23,9 @@ const (
 	mostReturn = 1.0  // the same, far below what the path has borne before
 	farBelow   = 0.7
 	mostFall   = 0.3                    // of itself at one report
+	deeper     = 0.7                    // of its rate after a drain, for each drainTime that it takes
 	after      = 0.85                   // of what bulk had when the queue was full: its rate after a drain
-	drainTime  = 500 * time.Millisecond // without success: half after it
+	drainTime  = 500 * time.Millisecond // without success: less after it
 	settleTime = 200 * time.Millisecond // after a drain: until reports speak of what came later
 	giveTime   = 2 * time.Second        // at the floor: until what TCP had taken before is through
 
@@ -136,7 +137,7 @@ func (c *controller) report(now, queue time.Duration, busy, held bool) {
 		c.average = c.resume // what was written to drain says nothing
 	case c.draining:
 		if now-c.acted >= drainTime {
-			c.resume = max(floor, c.resume/2)
+			c.resume = max(floor, deeper*c.resume)
 			c.acted = now
 		}
 	case now-c.acted < settleTime:
