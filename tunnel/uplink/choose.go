@@ -152,6 +152,9 @@ func (c *chooser) fallBack(v view, o *orders) {
 			if was != wire.NoWay {
 				o.cause = tunnel.PathLost
 			}
+			if v.flowing && v.now.Sub(v.ways[w].Heard) > deaf { // it has been silent for long: the next that answers is better
+				c.doubt, c.congested = v.now.Add(doubtful-deaf), false
+			}
 			return
 		}
 	}

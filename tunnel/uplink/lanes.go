@@ -22,10 +22,12 @@ const (
 	maxLaneRest = 5 * time.Second
 )
 
-// keepLanes keeps lanes joined beside a carrier that has no datagrams: one, and
-// as many as serve a call best while datagrams go by lanes or may soon. It
-// gives the path up when no lane can be had, and returns when ctx has ended.
-func (p *path) keepLanes(ctx context.Context, c tunnel.Carrier) {
+// keepLanes keeps lanes joined while the path is wanted: one, and as many as
+// serve a call best while datagrams go by lanes or may soon. New ones are
+// dialled while the path has a carrier without datagrams of its own; those that
+// there are outlive it, since the call may go by them. It gives the carrier up
+// when no lane can be had beside it, and returns when ctx has ended.
+func (p *path) keepLanes(ctx context.Context) {
 	at, log := p.run.at, p.run.u.log
 	type dialled struct {
 		lane tunnel.Lane
@@ -44,12 +46,15 @@ func (p *path) keepLanes(ctx context.Context, c tunnel.Carrier) {
 			ended <- l
 		}()
 	}
-	defer func() {
-		cancel()
+	closeAll := func(why error) {
 		for l := range live {
 			at.RemoveLane(l)
-			l.Close(context.Cause(ctx))
+			l.Close(why)
 		}
+	}
+	defer func() {
+		cancel()
+		closeAll(context.Cause(ctx))
 		for len(live) > 0 || dialling > 0 {
 			select {
 			case l := <-ended:
@@ -62,29 +67,46 @@ func (p *path) keepLanes(ctx context.Context, c tunnel.Carrier) {
 			}
 		}
 	}()
-	rest := time.Duration(0) // after a failure
-	none := time.Now()       // since when there is no lane
+	var beside tunnel.Carrier // nil: none, or one that needs no lanes
+	rest := time.Duration(0)  // after a failure
+	var none time.Time        // since when the carrier has no lane beside it; zero: it has
 	var failure error
+	drops := 0
 	soon := time.NewTimer(0)
 	defer soon.Stop()
 	for {
-		need := int(p.lanes.Load())
+		need := 0
+		c, wanted, now := p.serving()
+		if c != nil && c.Datagrams() == nil {
+			need = int(p.lanes.Load())
+		} else {
+			c = nil
+		}
+		if c != beside {
+			beside, rest, none = c, 0, time.Time{}
+			if len(live) == 0 {
+				none = time.Now()
+			}
+		}
+		if !wanted || now != drops {
+			drops = now
+			closeAll(errNotWanted)
+		}
 		if len(live)+dialling < need {
 			soon.Reset(rest)
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-c.Done():
-			return
 		case <-p.lanesWake:
 		case <-soon.C:
 			if len(live)+dialling >= need {
 				continue
 			}
-			if len(live) == 0 && time.Since(none) > laneTime {
+			if !none.IsZero() && time.Since(none) > laneTime {
+				none = time.Now()
 				p.drop(failure)
-				return
+				continue
 			}
 			dialling++
 			go func() {
@@ -123,6 +145,9 @@ func (p *path) keepLanes(ctx context.Context, c tunnel.Carrier) {
 			delete(live, l)
 			at.RemoveLane(l)
 			l.Close(nil)
+			if !wanted {
+				continue
+			}
 			rest = 0
 			log.Info("a lane for datagrams was lost", "why", l.Err(), "left", len(live))
 			p.run.tell()

@@ -38,6 +38,7 @@ type path struct {
 
 	mu      sync.Mutex // guards the fields below
 	wanted  bool
+	urgent  bool           // datagrams go by it, or may soon: it is joined again without a rest
 	granted bool           // a carrier is welcomed: it serves, or is about to
 	carrier tunnel.Carrier // nil: not joined
 	since   time.Time      // when it was joined, or lost
@@ -45,36 +46,45 @@ type path struct {
 	fails   int            // in a row
 	later   time.Time      // not to be joined before
 	leave   error          // why the carrier has to go; nil: it may stay
+	drops   int            // how often it had to go
 }
 
-// want says whether the path is to be joined.
-func (p *path) want(wanted bool) {
+// want says whether the path is to be joined, and whether a call waits for it.
+func (p *path) want(wanted, urgent bool) {
 	p.mu.Lock()
-	changed := p.wanted != wanted
-	p.wanted = wanted
+	changed := p.wanted != wanted || urgent && !p.urgent
+	p.wanted, p.urgent = wanted, urgent
 	p.mu.Unlock()
 	if changed {
 		p.poke()
+		p.pokeLanes()
 	}
 }
 
 // wantLanes says how many lanes there should be.
 func (p *path) wantLanes(n int) {
 	if p.lanes.Swap(int32(n)) != int32(n) {
-		select {
-		case p.lanesWake <- struct{}{}:
-		default:
-		}
+		p.pokeLanes()
 	}
 }
 
-// drop gives the carrier up; where the path is wanted it joins again.
+func (p *path) pokeLanes() {
+	select {
+	case p.lanesWake <- struct{}{}:
+	default:
+	}
+}
+
+// drop gives the carrier and its lanes up; where the path is wanted it joins
+// again.
 func (p *path) drop(why error) {
 	p.mu.Lock()
 	p.leave = why
+	p.drops++
 	p.fails = 0
 	p.mu.Unlock()
 	p.poke()
+	p.pokeLanes()
 }
 
 func (p *path) poke() {
@@ -89,6 +99,14 @@ func (p *path) joined() tunnel.Carrier {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.carrier
+}
+
+// serving returns the carrier, nil where there is none, whether the path is
+// wanted, and how often it was dropped.
+func (p *path) serving() (c tunnel.Carrier, wanted bool, drops int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.carrier, p.wanted, p.drops
 }
 
 // stands reports whether the path is joined, and what failed last: a join, or a
@@ -185,9 +203,12 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 
 // pause is how long to rest after so many failures in a row.
 func (p *path) pause(fails int) time.Duration {
+	p.mu.Lock()
+	urgent := p.urgent
+	p.mu.Unlock()
 	rest, most := time.Second, maxJoinRest
 	switch other := p.run.other(p); {
-	case other == nil || other.joined() == nil:
+	case urgent || other == nil || other.joined() == nil:
 		rest, most = joinStagger, time.Second // a call may be waiting; the session does not for long
 	case p.kind == "quic": // it may never work here
 		rest, most = udpAgain, maxUDPAgain
@@ -214,21 +235,16 @@ func (p *path) serve(ctx context.Context, g *granted) error {
 	p.carrier, p.since, p.leave, p.failed = c, time.Now(), nil, nil
 	p.mu.Unlock()
 	p.run.tell()
+	p.pokeLanes()
 
-	beside, stop := context.WithCancel(ctx)
-	var wg sync.WaitGroup
-	if c.Datagrams() == nil {
-		wg.Go(func() { p.keepLanes(beside, c) })
-	}
 	err = p.watch(ctx, c)
-	stop()
 	p.mu.Lock()
 	p.carrier, p.granted, p.failed = nil, false, err
 	p.mu.Unlock()
+	p.pokeLanes()
 	p.run.at.RemoveCarrier(c)
 	p.run.tell() // before closing, which may take a second
 	c.Close(err)
-	wg.Wait()
 	if err == errNotWanted {
 		return nil
 	}

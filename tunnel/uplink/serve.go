@@ -118,6 +118,9 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 			p.wanted, p.granted = true, true
 		}
 		wg.Go(func() { p.keep(inner, first) })
+		if p == r.tcp {
+			wg.Go(func() { p.keepLanes(inner) })
+		}
 	}
 	wg.Go(func() { r.end(r.at.Run()) })
 	err = r.loop(ctx, report)
@@ -251,7 +254,8 @@ func (r *run) needs(now time.Time, v view) {
 	if r.udp != nil {
 		udp, _ = r.udp.stands()
 	}
-	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes)
+	urgent := v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero())
+	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes, urgent)
 	lanes := 1
 	if v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || !r.choose.strain.IsZero()) {
 		lanes = min(max(r.u.cfg.Lanes, r.welcome.Lanes), maxLanes)
