@@ -179,6 +179,19 @@ func TestTheChooser(t *testing.T) {
 				w.t.Fatal("datagrams still go by lanes")
 			}
 		},
+		"lanes that come back while UDP is shut are used at once": func(w *world) {
+			w.pass(second)
+			w.cut(sealed, datagram)
+			w.pass(2 * second)
+			w.uses(lanes, sealed)
+			w.joined[lanes], w.passes[lanes] = false, none
+			w.pass(200 * time.Millisecond)
+			w.joined[lanes], w.passes[lanes] = true, all
+			w.pass(150 * time.Millisecond)
+			if w.last.first != lanes {
+				w.t.Fatalf("datagrams go by %v", w.last.first)
+			}
+		},
 		"UDP that is throttled is left for lanes": func(w *world) {
 			w.pass(second)
 			w.ways[sealed].Bad = true

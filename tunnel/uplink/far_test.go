@@ -51,7 +51,8 @@ type far struct {
 
 	mu    sync.Mutex // guards what follows; before the first run nothing else looks
 	dials []dialled
-	asked []string // "quic open 192.0.2.1:443"
+	asked []string       // "quic open 192.0.2.1:443"
+	last  tunnel.Carrier // that real has begun to serve
 	// dial is asked before each dial; n counts those of the kind, from 1.
 	dial func(ctx context.Context, kind, address string, n int) error
 }

@@ -64,6 +64,9 @@ func (f *far) real(lanes int) *atomic.Int64 {
 				f.t.Error(err)
 			}
 			if k, err := c.Carrier(); err == nil {
+				f.mu.Lock()
+				f.last = k
+				f.mu.Unlock()
 				end.Serve(k, ready)
 			}
 		}
@@ -220,6 +223,40 @@ func TestLanesAreOpenedForACallAndReplaced(t *testing.T) {
 		}
 		if n := len(r.all()); n != 2 {
 			t.Errorf("the link's states are %v: it should have stayed up", r.all())
+		}
+		cancel()
+		<-ended
+		r.stop()
+	})
+}
+
+func TestLanesOutliveTheConnectionBesideThem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFar(t, first)
+		defer f.end()
+		joined := f.real(0)
+		r := f.run(tunnel.ModeTCP, nil)
+		r.up()
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := r.call(ctx)
+		time.Sleep(time.Second)
+		lanes, dials := joined.Load(), len(f.dialsOf("tls"))
+		f.mu.Lock()
+		lost := f.last
+		f.mu.Unlock()
+		lost.Close(tunnel.TimedOut)
+		time.Sleep(time.Second)
+		f.mu.Lock()
+		now := f.last
+		f.mu.Unlock()
+		if now == lost {
+			t.Error("no other connection has joined")
+		}
+		if n := joined.Load(); n != lanes {
+			t.Errorf("%d lanes, want %d as before", n, lanes)
+		}
+		if n := len(f.dialsOf("tls")) - dials; n != 1 {
+			t.Errorf("%d connections were made, want 1: the lanes are there", n)
 		}
 		cancel()
 		<-ended
