@@ -281,12 +281,50 @@ func callMove(t *testing.T, at *netpair.Space, to netip.Addr) {
 	}
 }
 
+// callStalls measures how long this process is held up at a time. The returned
+// function gives the longest between two times.
+func callStalls(t *testing.T) func(from, to time.Time) time.Duration {
+	type stall struct {
+		at   time.Time
+		took time.Duration
+	}
+	const every = 10 * time.Millisecond
+	var mu sync.Mutex // guards seen
+	var seen []stall
+	var wg sync.WaitGroup
+	end := make(chan struct{})
+	t.Cleanup(func() { close(end); wg.Wait() })
+	wg.Go(func() {
+		for last := time.Now(); ; {
+			select {
+			case <-end:
+				return
+			case <-time.After(every):
+			}
+			now := time.Now()
+			mu.Lock()
+			seen = append(seen, stall{now, now.Sub(last) - every})
+			mu.Unlock()
+			last = now
+		}
+	})
+	return func(from, to time.Time) (longest time.Duration) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, s := range seen {
+			if s.at.After(from) && s.at.Before(to) {
+				longest = max(longest, s.took)
+			}
+		}
+		return longest
+	}
+}
+
 // A call does not notice what the network does below it: it keeps its pair of
-// candidates, and is not negotiated again. The gaps have bounds that a busy
-// machine holds too; the figures are scripts/bench's matter.
+// candidates, is not negotiated again, and has one port at the far end.
 func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 	if testing.Short() {
-		t.Skip("the call lasts a minute")
+		t.Skip("the call lasts 20 s")
 	}
 	netpair.New(t) // skips before anything is built
 	if _, err := exec.LookPath("nft"); err != nil {
@@ -377,43 +415,58 @@ func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 		callFilter(t, o.pair.Near, rules)
 		callFilter(t, o.pair.Far, rules)
 	}
-	began := time.Now()
-	// The bounds are the issue's, times three and more.
+	// Each step lasts until datagrams go by the way that it leads to, and some
+	// time more. The bounds are far above what is usual; what this process itself
+	// was held up comes on top, thrice, since the two ends are as well.
 	steps := []struct {
-		at    time.Duration
 		name  string
 		do    func()
+		way   string // "": any
+		more  time.Duration
 		bound time.Duration
 	}{
-		{2 * time.Second, "nothing", func() {}, 3 * time.Second},
-		{10 * time.Second, "UDP off", func() { udp(noUDP) }, 6 * time.Second},
-		{22 * time.Second, "UDP on", func() { udp("") }, 3 * time.Second},
-		{38 * time.Second, "another address", func() { callMove(t, o.pair.Near, netip.MustParseAddr("198.18.80.3")) }, 6 * time.Second},
-		{45 * time.Second, "UDP off again", func() { udp(noUDP) }, 6 * time.Second},
-		{50 * time.Second, "lanes reset", func() {
+		{"nothing", func() {}, "sealed", time.Second, 500 * time.Millisecond},
+		{"UDP off", func() { udp(noUDP) }, "lanes", 2 * time.Second, 2 * time.Second},
+		{"UDP on", func() { udp("") }, "sealed", time.Second, 500 * time.Millisecond},
+		{"another address", func() { callMove(t, o.pair.Near, netip.MustParseAddr("198.18.80.3")) }, "", 4 * time.Second, 2 * time.Second},
+		{"UDP off again", func() { udp(noUDP) }, "lanes", time.Second, 2 * time.Second},
+		{"lanes reset", func() {
 			// A connection that carries anything in this time is refused it.
 			callFilter(t, o.pair.Far, noUDP+"\niifname link tcp dport 443 tcp flags & rst == 0 reject with tcp reset")
-			time.Sleep(300 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond)
 			udp(noUDP)
-		}, 6 * time.Second},
-		{60 * time.Second, "end", hangUp, 0},
+		}, "lanes", 2 * time.Second, 1500 * time.Millisecond},
+		{"UDP on again", func() { udp("") }, "sealed", time.Second, 500 * time.Millisecond},
 	}
+	length, slower := 20*time.Second, time.Duration(1)
+	if os.Getenv("CI") == "true" {
+		length, slower = time.Minute, 3
+	}
+	began := time.Now()
+	stalls := callStalls(t)
 	var starts []time.Time
 	for i, s := range steps {
-		time.Sleep(time.Until(began.Add(s.at)))
-		if i > 0 {
-			link := o.status().Link
-			t.Logf("after %q the call is carried by %s as %s (%s)", steps[i-1].name, link.Carrier, link.Way, link.WayWhy)
-		}
 		starts = append(starts, time.Now())
 		s.do()
+		if s.way != "" {
+			runEventually(t, s.name+": datagrams go by "+s.way, func() bool { return o.status().Link.Way == s.way })
+		}
+		time.Sleep(slower * s.more)
+		if i == len(steps)-1 {
+			time.Sleep(time.Until(began.Add(length)))
+		}
+		link := o.status().Link
+		t.Logf("after %q the call is carried by %s as %s (%s)", s.name, link.Carrier, link.Way, link.WayWhy)
 	}
-	for i, s := range steps[:len(steps)-1] {
+	starts = append(starts, time.Now())
+	hangUp()
+	for i, s := range steps {
+		held := stalls(starts[i], starts[i+1])
 		for _, p := range parties {
 			audio, video := p.gap(webrtc.RTPCodecTypeAudio, starts[i], starts[i+1]), p.gap(webrtc.RTPCodecTypeVideo, starts[i], starts[i+1])
-			t.Logf("%-16s at %-11s longest gap: audio %v, video %v", s.name, p.name, audio.Round(time.Millisecond), video.Round(time.Millisecond))
-			if max(audio, video) > s.bound {
-				t.Errorf("%s: a gap of %v at %s, want at most %v", s.name, max(audio, video), p.name, s.bound)
+			t.Logf("%-16s at %-11s longest gap: audio %v, video %v (the machine stood still for %v)", s.name, p.name, audio.Round(time.Millisecond), video.Round(time.Millisecond), held.Round(time.Millisecond))
+			if bound := s.bound + 3*held; max(audio, video) > bound {
+				t.Errorf("%s: a gap of %v at %s, want at most %v", s.name, max(audio, video), p.name, bound)
 			}
 		}
 	}
@@ -423,7 +476,7 @@ func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 		}
 		p.mu.Lock()
 		t.Logf("%s: pair %s, ICE states %v", p.name, before[i], p.states)
-		if slices.Contains(p.states, webrtc.ICEConnectionStateFailed) || slices.Contains(p.states, webrtc.ICEConnectionStateClosed) || p.pairs > 0 || p.renewed > 0 {
+		if !slices.Equal(p.states, []webrtc.ICEConnectionState{webrtc.ICEConnectionStateChecking, webrtc.ICEConnectionStateConnected}) || p.pairs > 0 || p.renewed > 0 {
 			t.Errorf("%s: ICE states %v, %d other pairs, %d negotiations", p.name, p.states, p.pairs, p.renewed)
 		}
 		p.mu.Unlock()
