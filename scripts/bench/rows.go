@@ -179,9 +179,10 @@ var rows = []row{
 	{
 		id: "bulk", title: "bulk down, one connection",
 		load: []string{"bulk"}, dur: 5 * time.Second,
-		subjects: append(append([]string{"bare quic", "bare tls"}, modes...), peers...),
+		subjects: append(append([]string{"bare quic", "bare tls", "relay quic", "relay tls"}, modes...), peers...),
 		columns:  []column{bulk, perGB},
 		bars: join(atLeastTimes(bulk, "culvert udp", 0.8, "bare quic"), atLeastTimes(bulk, "culvert tcp", 0.8, "bare tls"),
+			atLeastTimes(bulk, "culvert udp", 0.8, "relay quic"), atLeastTimes(bulk, "culvert tcp", 0.8, "relay tls"),
 			atLeastTimes(bulk, "culvert auto", 1, "hysteria", "hy2"), atLeastTimes(bulk, "culvert auto", 0.8, "xray")),
 	},
 	{

@@ -117,6 +117,9 @@ var subjects = map[string]subject{
 	"bare quic": {name: "bare quic", start: startBare, bare: "quic"},
 	"bare tls":  {name: "bare tls", start: startBare, bare: "tls"},
 
+	"relay quic": {name: "relay quic", start: startBareRelay("quic"), plain: func(*scene) string { return at("127.0.0.1", relayPort) }},
+	"relay tls":  {name: "relay tls", start: startBareRelay("tls"), plain: func(*scene) string { return at("127.0.0.1", relayPort) }},
+
 	"culvert auto": culvert("auto"),
 	"culvert udp":  culvert("udp"),
 	"culvert tcp":  culvert("tcp"),
@@ -138,6 +141,17 @@ func startRelay(s *scene) error {
 
 func startBare(s *scene) error {
 	return s.serve(s.far, "bare", s.program("bare"), "serve", "-addr", s.tunnel())
+}
+
+// startBareRelay puts a bare transport between two TCP relays: a proxy's hops,
+// and nothing of a proxy.
+func startBareRelay(kind string) func(*scene) error {
+	return func(s *scene) error {
+		if err := s.serve(s.far, "bare-far", s.program("bare"), "far", "-addr", s.tunnel(), "-to", s.inner()); err != nil {
+			return err
+		}
+		return s.serve(s.near, "bare-near", s.program("bare"), "near", "-listen", at("127.0.0.1", relayPort), "-addr", s.tunnel(), "-kind", kind)
+	}
 }
 
 // culvert is this tree's programs with the configuration that init writes.
