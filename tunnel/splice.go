@@ -10,7 +10,7 @@ import (
 // while they wait is what they cost. A large read saves system calls.
 const (
 	spliceWait = 4 << 10
-	spliceBulk = 64 << 10
+	spliceBulk = 63 << 10 // with the heads of frames, four TLS records (RFC 8446 §5.1)
 )
 
 var (
@@ -22,7 +22,7 @@ var (
 // then closes both. The end of one direction (FIN) is passed on and leaves the
 // other running; a failure on either side aborts both (RST). It returns the
 // first failure; nil when both directions ended in order. A direction holds
-// 4 KiB while it waits, and 64 KiB while reads fill what they are given.
+// 4 KiB while it waits, and 63 KiB while reads fill what they are given.
 func Splice(a, b Stream) error {
 	var first error
 	var once sync.Once

@@ -26,6 +26,7 @@ const (
 	deeper     = 0.7                    // of its rate after a drain, for each drainTime that it takes
 	after      = 0.85                   // of what bulk had when the queue was full: its rate after a drain
 	drainTime  = 500 * time.Millisecond // without success: less after it
+	learnTime  = 700 * time.Millisecond // the first drain beside a call: until reports have seen the path without a queue
 	settleTime = 200 * time.Millisecond // after a drain: until reports speak of what came later
 	giveTime   = 2 * time.Second        // at the floor: until what TCP had taken before is through
 
@@ -43,7 +44,12 @@ type controller struct {
 	seen  time.Duration // when it came
 	cut   time.Duration // when silence was last answered
 
+	// learned: the queue has been empty beside this call. Before that reports
+	// may take one that has always stood for the length of the path: the rate
+	// would hold it there.
+	learned  bool
 	draining bool
+	begun    time.Duration // when the drain was
 	resume   float64       // the rate after the drain
 	acted    time.Duration // when the drain was begun, deepened or ended
 	low      time.Duration // when the rate came down to the floor; valid while it is there
@@ -57,9 +63,12 @@ type controller struct {
 
 // start begins with bulk that has run free at the rate; 0: there is none yet.
 func (c *controller) start(rate float64, now time.Duration) {
-	*c = controller{queue: c.queue, seen: now, cut: now, acted: now - settleTime, counted: now, average: rate}
+	*c = controller{queue: c.queue, seen: now, cut: now, acted: now - settleTime, counted: now, average: rate, learned: c.learned}
 	if rate > 0 {
 		c.set(rate, now)
+		if !c.learned {
+			c.drain(now, 0)
+		}
 	}
 }
 
@@ -93,7 +102,7 @@ func (c *controller) join(rate float64, now time.Duration) {
 func (c *controller) drain(now time.Duration, slope float64) {
 	c.resume = max(floor, after*min(c.rate, c.average)/(1+max(0, slope)))
 	c.set(floor, now)
-	c.draining, c.acted, c.growth = true, now, 0
+	c.draining, c.begun, c.acted, c.growth = true, now, now, 0
 }
 
 // wrote counts what bulk was let write.
@@ -131,8 +140,9 @@ func (c *controller) report(now, queue time.Duration, busy, held bool) {
 	case held && c.spent(now):
 		// What media leaves free is its own, to come back to.
 		c.draining, c.growth = false, 0
+	case c.draining && queue <= aim && !c.learned && now-c.begun < learnTime:
 	case c.draining && queue <= aim:
-		c.draining, c.acted = false, now
+		c.draining, c.learned, c.acted = false, true, now
 		c.set(c.resume, now)
 		c.average = c.resume // what was written to drain says nothing
 	case c.draining:

@@ -93,10 +93,10 @@ func (p *Pacer) Live(live bool) {
 		rate += s.meter.rate(now)
 		s.mu.Unlock()
 	}
-	p.control.start(rate, now)
+	p.control.learned = false
+	p.control.start(rate, now) // with a drain: until reports say that nothing queues
 	p.next = now
 	if rate > 0 {
-		p.control.drain(now, 0) // until a report says that nothing queues
 		p.served = now
 	}
 }

@@ -98,6 +98,7 @@ type link struct {
 	tcps   []*tcp
 
 	least   time.Duration   // queueing of media since the last report
+	base    time.Duration   // the least that was ever reported: all that an end knows of an empty queue
 	report  time.Duration   // when the next is made
 	reports []time.Duration // queueing reported, and when it arrives
 	arrive  []time.Duration
@@ -106,7 +107,7 @@ type link struct {
 }
 
 func newLink(mbits, media float64) *link {
-	return &link{rate: mbits * 1e6, media: media * 1e6, p: New(), rng: rand.New(rand.NewPCG(1, 2)), least: time.Hour, oneWay: 20 * ms}
+	return &link{rate: mbits * 1e6, media: media * 1e6, p: New(), rng: rand.New(rand.NewPCG(1, 2)), least: time.Hour, base: time.Hour, oneWay: 20 * ms}
 }
 
 func (l *link) dial() *tcp {
@@ -195,7 +196,8 @@ func (l *link) step() {
 	if made {
 		if l.least < time.Hour && !l.mute {
 			wrong := time.Duration(l.rng.Int64N(int64(l.noise) + 1))
-			l.reports, l.arrive = append(l.reports, l.least+wrong), append(l.arrive, l.now+2*l.oneWay)
+			l.base = min(l.base, l.least)
+			l.reports, l.arrive = append(l.reports, l.least-l.base+wrong), append(l.arrive, l.now+2*l.oneWay)
 		}
 		l.least = time.Hour
 	}

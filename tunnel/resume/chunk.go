@@ -9,17 +9,30 @@ import "sync"
 type chunk struct {
 	start uint64 // offset of its first byte
 	buf   []byte // headBytes, then the bytes
-	class *sync.Pool
+	class *class
 	shut  bool // it has been sent, so nothing is added any more
 	users int  // Writes to a carrier stream that use it
 	freed bool
 }
 
-// The sizes of chunks: a message's and bulk's.
-var (
-	smallChunks = &sync.Pool{New: func() any { return &chunk{buf: make([]byte, headBytes, 1<<10)} }}
-	largeChunks = &sync.Pool{New: func() any { return &chunk{buf: make([]byte, headBytes, 32<<10)} }}
-)
+// The sizes of chunks, heads included: a message's, what a Splice reads while
+// it waits, and bulk's. The largest holds a large read of Splice, so that bulk
+// leaves in pieces of one size.
+var classes = []*class{
+	newClass(1 << 10),
+	newClass(8 << 10),
+	newClass(headBytes + 63<<10),
+}
+
+// A class keeps chunks of one size.
+type class struct {
+	size int
+	pool sync.Pool
+}
+
+func newClass(size int) *class {
+	return &class{size: size, pool: sync.Pool{New: func() any { return &chunk{buf: make([]byte, headBytes, size)} }}}
+}
 
 // tailLocked returns a chunk with room, for n more bytes.
 func (c *Conn) tailLocked(n int) *chunk {
@@ -28,11 +41,14 @@ func (c *Conn) tailLocked(n int) *chunk {
 			return k
 		}
 	}
-	class := largeChunks
-	if n <= 1<<10-headBytes {
-		class = smallChunks
+	class := classes[len(classes)-1]
+	for _, smaller := range classes {
+		if headBytes+n <= smaller.size {
+			class = smaller
+			break
+		}
 	}
-	k := class.Get().(*chunk)
+	k := class.pool.Get().(*chunk)
 	*k = chunk{start: c.end, buf: k.buf[:headBytes], class: class}
 	c.chunks = append(c.chunks, k)
 	return k
@@ -61,7 +77,7 @@ func (k *chunk) frame(offset uint64) []byte {
 func (k *chunk) release() {
 	k.users--
 	if k.freed && k.users == 0 {
-		k.class.Put(k)
+		k.class.pool.Put(k)
 	}
 }
 
@@ -69,6 +85,6 @@ func (k *chunk) release() {
 func (k *chunk) free() {
 	k.freed = true
 	if k.users == 0 {
-		k.class.Put(k)
+		k.class.pool.Put(k)
 	}
 }

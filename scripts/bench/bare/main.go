@@ -153,9 +153,18 @@ func near(listen, addr, kind string) error {
 	if err != nil {
 		return err
 	}
-	open, err := dial(addr, kind)
-	if err != nil {
-		return err
+	var open func() (io.ReadWriteCloser, error)
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(100 * time.Millisecond) { // for the far end to listen
+		var first io.Closer
+		if open, err = dial(addr, kind); err == nil {
+			if first, err = open(); err == nil {
+				first.Close()
+				break
+			}
+		}
+		if time.Now().After(deadline) {
+			return err
+		}
 	}
 	fmt.Println("ready", listen)
 	for {
