@@ -22,7 +22,8 @@ const (
 	// greetingTime bounds the opening exchange, admission included.
 	greetingTime = 5 * time.Second
 	// maxJoins bounds the connections that have joined a session and live.
-	maxJoins = 16
+	maxJoins    = 16
+	maxInstance = 64 // bytes
 	// maxUnadmitted bounds candidates that have not been admitted yet.
 	maxUnadmitted = 1000
 	// defaultDrain is how long live sessions may take to finish at a stop.
@@ -61,12 +62,13 @@ type Server struct {
 
 // live is a session and what belongs to it.
 type live struct {
-	id      string
-	key     string
-	app     string
-	far     *session.Far
-	release func()
-	joins   atomic.Int32
+	id       string
+	key      string
+	app      string
+	instance string // of the sidecar; "": it has not said
+	far      *session.Far
+	release  func()
+	joins    atomic.Int32
 }
 
 // New checks the configuration.
@@ -217,11 +219,14 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	if draining {
 		return wire.Welcome{}, nil, stopping()
 	}
+	if len(o.Instance) > maxInstance {
+		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "the sidecar's instance is longer than %d bytes", maxInstance)
+	}
 	next, release, err := s.cfg.Authorize(ctx, tunnel.Open{App: o.App, Token: o.Token, Region: o.Region, Operator: o.Operator, Key: c.PeerKey(), From: c.RemoteAddr()})
 	if err != nil {
 		return wire.Welcome{}, nil, err
 	}
-	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, release: release}
+	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, instance: o.Instance, release: release}
 	log := s.log.With("session", l.id, "app", l.app)
 	how := session.OfferSealed(o.Sealed)
 	sealed, err := session.ReadySealed(c, l.id, how)
@@ -251,9 +256,12 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	old := s.byKey[l.key]
 	s.byID[l.id], s.byKey[l.key] = l, l
 	s.mu.Unlock()
-	if old != nil {
-		// A sidecar that has come back, or a second one with a copied key.
-		s.end(old.id, tunnel.Errorf(tunnel.SessionExpired, "a sidecar with the same key has opened a new session; if that was another sidecar, give each a key_file of its own"))
+	switch {
+	case old == nil:
+	case old.instance == l.instance: // it may just not have heard our answer
+		s.end(old.id, tunnel.Errorf(tunnel.SessionExpired, "the sidecar has opened a new session"))
+	default:
+		s.supersede(old)
 	}
 	serve := func() {
 		defer c.Close() // for where it turns into nothing
@@ -321,7 +329,26 @@ func (s *Server) welcome(l *live) wire.Welcome {
 
 // end ends a session once.
 func (s *Server) end(id string, why error) {
+	if l := s.take(id); l != nil {
+		l.far.Close(why)
+		l.release()
+	}
+}
+
+// supersede ends a session whose key another process has come with: its own
+// sidecar that was started anew, or one with a copy of the key. One that still
+// runs is told so, and does not take the session back.
+func (s *Server) supersede(old *live) {
+	if s.take(old.id) != nil {
+		old.far.End(tunnel.Errorf(tunnel.NotPermitted, "a sidecar with the same key was started and has the session now; give each sidecar a key_file of its own, then start this one again"))
+		old.release()
+	}
+}
+
+// take takes a session out of what can be joined; nil: it is not there.
+func (s *Server) take(id string) *live {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	l := s.byID[id]
 	if l != nil {
 		delete(s.byID, id)
@@ -329,11 +356,7 @@ func (s *Server) end(id string, why error) {
 			delete(s.byKey, l.key)
 		}
 	}
-	s.mu.Unlock()
-	if l != nil {
-		l.far.Close(why)
-		l.release()
-	}
+	return l
 }
 
 func stopping() error {

@@ -3,6 +3,7 @@ package cloudproxy_test
 import (
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -414,25 +415,102 @@ func TestTheLinkGivesUpTwentyMinutesAfterItsLoss(t *testing.T) {
 	})
 }
 
-func TestAnOpenWithTheSameKeySupersedesItsSession(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld()
-		defer w.serve(t)()
-		first := w.sidecar(t, 0, tunnel.ModeUDP)
-		first.up(t)
-		other := w.sidecar(t, 1, tunnel.ModeUDP)
-		defer other.stop()
-		other.up(t)
-		second := w.sidecar(t, 0, tunnel.ModeUDP)
-		defer second.stop()
-		second.up(t)
-		first.stop()
-		synctest.Wait()
-		if n := w.server.Sessions(); n != 2 {
-			t.Errorf("%d sessions, want 2", n)
-		}
-		other.works(t)
-	})
+func TestOfTwoSidecarsWithOneKeyTheLastIsServed(t *testing.T) {
+	for _, mode := range []tunnel.Mode{tunnel.ModeUDP, tunnel.ModeTCP, tunnel.ModeAuto} {
+		t.Run(string(mode), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				defer w.serve(t)()
+				first := w.sidecar(t, 0, mode)
+				first.up(t)
+				other := w.sidecar(t, 1, mode)
+				defer other.stop()
+				other.up(t)
+				second := w.sidecar(t, 0, mode)
+				defer second.stop()
+				second.up(t)
+				began := time.Now()
+				<-first.over
+				if err := first.stop(); !errors.Is(err, tunnel.NotPermitted) || !strings.Contains(err.Error(), "key_file") {
+					t.Errorf("the first sidecar ends with %v", err)
+				}
+				if took := time.Since(began); took > time.Second {
+					t.Errorf("the first sidecar ends after %v", took)
+				}
+				time.Sleep(time.Hour) // neither takes the session back
+				if n := w.server.Sessions(); n != 2 {
+					t.Errorf("%d sessions, want 2", n)
+				}
+				w.mu.Lock()
+				if len(w.opens) != 3 || w.released != 1 {
+					t.Errorf("%d sessions were opened and %d released, want 3 and 1", len(w.opens), w.released)
+				}
+				w.mu.Unlock()
+				second.works(t)
+				other.works(t)
+			})
+		})
+	}
+}
+
+func TestAnOldSessionEndsAlsoWhereNobodyHears(t *testing.T) {
+	for name, c := range map[string]struct {
+		instance string
+		took     time.Duration
+	}{
+		"of the same sidecar":                    {"one", 0},
+		"of one that was killed and is back":     {"two", time.Second},
+		"of one that does not say which it is":   {"", time.Second},
+		"of one that says more than it needs to": {strings.Repeat("x", 10_000), -1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				defer w.serve(t)()
+				open := func(instance string) (tunnel.Carrier, error) {
+					cand, err := w.udp.Dialer(key(0)).Dial(t.Context(), address)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if err := wire.Write(cand, wire.Message{Open: &wire.Open{Version: wire.Current, App: "app", Instance: instance}}); err != nil {
+						t.Fatal(err)
+					}
+					m, err := wire.Read(cand, wire.Version{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					if m.Refused != nil {
+						cand.Close()
+						return nil, m.Refused.Err()
+					}
+					c, err := cand.Carrier()
+					if err != nil {
+						t.Fatal(err)
+					}
+					return c, nil
+				}
+				first, _ := open("one")
+				began := time.Now()
+				second, err := open(c.instance)
+				if c.took < 0 {
+					if tunnel.CodeOf(err) != tunnel.LimitExceeded || first.Err() != nil {
+						t.Errorf("it is answered with %v; the session: %v", err, first.Err())
+					}
+					first.Close(nil)
+					return
+				}
+				<-first.Done()
+				if took := time.Since(began); took != c.took {
+					t.Errorf("it ended after %v, want %v", took, c.took)
+				}
+				synctest.Wait()
+				if n := w.server.Sessions(); n != 1 || second.Err() != nil {
+					t.Errorf("%d sessions, want 1; the new one: %v", n, second.Err())
+				}
+				second.Close(nil)
+			})
+		})
+	}
 }
 
 func TestASessionWithoutConnectionsIsHeldForAMinute(t *testing.T) {

@@ -64,6 +64,7 @@ type Far struct {
 	pacer *bulk.Pacer
 
 	control  *control
+	ending   atomic.Pointer[tunnel.Error] // why the sidecar has been told to go; nil: it has not
 	draining atomic.Bool
 	streams  atomic.Int64
 
@@ -225,6 +226,15 @@ func (f *Far) Close(why error) {
 		f.plane.remove(p.leg)
 		p.next.Close()
 	}
+}
+
+// End tells the sidecar that the session ends, and why. Close follows when the
+// sidecar has gone, or after a second.
+func (f *Far) End(why *tunnel.Error) {
+	f.ending.Store(why)
+	f.control.send(wire.Message{End: &wire.End{Code: why.Code, Text: why.Text}})
+	timer := time.AfterFunc(endTime, func() { f.Close(why) })
+	context.AfterFunc(f.ctx, func() { timer.Stop() })
 }
 
 // Done is closed when the session has ended.

@@ -22,7 +22,7 @@ const (
 	// lineRest is what lies between attempts to bring a line to a carrier that
 	// takes no streams.
 	lineRest = 100 * time.Millisecond
-	// endTime is how long the sidecar's farewell may take.
+	// endTime is how long a farewell may take.
 	endTime = time.Second
 	// lineTime bounds one attempt: a carrier that does not answer for this long
 	// is left for another.
@@ -198,6 +198,9 @@ func (f *Far) beginControl() {
 			case <-line.Done():
 			case <-time.After(endTime):
 			}
+		}
+		if why := f.ending.Load(); why != nil {
+			err = why
 		}
 		f.Close(err) // nobody can be told anything any more
 	})

@@ -355,6 +355,8 @@ func (a *Attached) handle(m wire.Message) error {
 	switch {
 	case m.Closed != nil:
 		a.near.end(m.Closed.Association, m.Closed.Err())
+	case m.End != nil:
+		return m.End.Err()
 	case m.GoAway != nil:
 		a.goOnce.Do(func() { close(a.going) })
 	}

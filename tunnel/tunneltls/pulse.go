@@ -25,23 +25,29 @@ type progress struct {
 	sacked int    // of those: the peer has them, behind a hole
 	acked  uint64 // bytes acknowledged in order, so far
 	unsent int    // bytes that the kernel has not sent once
+	open   bool   // the peer takes a full segment
 	full   bool   // the congestion window takes no more
 	expiry bool   // the retransmission timer has run out
 	trip   time.Duration
 }
 
+// owes says whether something may be expected to arrive. Where this host has
+// lost its address the kernel can not even send, while a peer that does not
+// read lets nothing be sent.
+func (p progress) owes() bool { return p.flying > 0 || p.unsent > 0 && p.open }
+
 // pulse follows the progress of one lane.
 type pulse struct {
 	at    time.Time // of the last look
 	last  progress
-	quiet time.Duration // how long something has been on its way and nothing arrived
+	quiet time.Duration // how long something has been to arrive and nothing did
 }
 
 // look takes what the kernel says, and returns whether the lane is dead. Time
 // counts as silence as far as it was watched: a process that was held up has
 // heard nothing either.
 func (p *pulse) look(now time.Time, is progress) (dead bool) {
-	if is.flying == 0 || p.last.flying == 0 || is.acked != p.last.acked || is.sacked != p.last.sacked {
+	if !is.owes() || !p.last.owes() || is.acked != p.last.acked || is.sacked != p.last.sacked {
 		p.quiet = 0
 	} else {
 		p.quiet += min(now.Sub(p.at), 2*watched)

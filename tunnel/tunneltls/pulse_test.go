@@ -26,10 +26,11 @@ func TestSilenceIsToldFromIdlenessAndSlowness(t *testing.T) {
 		"behind a hole":                 {watched, 0, func(i int, is *progress) { is.flying, is.sacked = 100, i%90 }, never},
 		"acknowledged late":             {watched, 0, func(i int, is *progress) { is.flying, is.acked = 5, uint64(i/5) }, never},
 		"nothing on its way, but the peer's window is shut": {watched, 0, func(_ int, is *progress) { is.unsent = 9000 }, never},
-		"once in a while":                       {watched, 0, func(i int, is *progress) { is.flying = i % 2 }, never},
-		"silence after a long time":             {watched, 0, func(i int, is *progress) { is.flying, is.acked = 5, uint64(min(i, 50)) }, 50*watched + silence},
-		"this process was held up meanwhile":    {10 * time.Second, 0, func(_ int, is *progress) { is.flying = 1 }, 30 * time.Second},
-		"an answer after this process was held": {10 * time.Second, 0, func(i int, is *progress) { is.flying, is.acked = 1, uint64(i) }, never},
+		"this host can not send":                            {watched, 0, func(_ int, is *progress) { is.unsent, is.open = 9000, true }, silence},
+		"once in a while":                                   {watched, 0, func(i int, is *progress) { is.flying = i % 2 }, never},
+		"silence after a long time":                         {watched, 0, func(i int, is *progress) { is.flying, is.acked = 5, uint64(min(i, 50)) }, 50*watched + silence},
+		"this process was held up meanwhile":                {10 * time.Second, 0, func(_ int, is *progress) { is.flying = 1 }, 30 * time.Second},
+		"an answer after this process was held":             {10 * time.Second, 0, func(i int, is *progress) { is.flying, is.acked = 1, uint64(i) }, never},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var p pulse

@@ -55,6 +55,7 @@ func ask(c net.Conn) (is progress, ok bool) {
 			sacked: int(i.Sacked),
 			acked:  i.Bytes_acked,
 			unsent: int(i.Notsent_bytes),
+			open:   i.Snd_wnd >= i.Snd_mss, // false where the kernel does not tell (before Linux 5.4)
 			full:   int(i.Unacked)-int(i.Sacked)-int(i.Lost)+int(i.Retrans) >= int(i.Snd_cwnd),
 			expiry: i.Ca_state == loss,
 			trip:   time.Duration(i.Rtt) * time.Microsecond,

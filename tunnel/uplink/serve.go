@@ -122,7 +122,13 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 			wg.Go(func() { p.keepLanes(inner) })
 		}
 	}
-	wg.Go(func() { r.end(r.at.Run()) })
+	wg.Go(func() {
+		err := r.at.Run()
+		if tunnel.CodeOf(err) == tunnel.NotPermitted { // what ends a session with this is the cloud proxy's word
+			err = refusal{err}
+		}
+		r.end(err)
+	})
 	err = r.loop(ctx, report)
 	if lost = r.lost; lost.IsZero() {
 		lost = time.Now()

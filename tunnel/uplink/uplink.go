@@ -58,8 +58,9 @@ const (
 //	         names (choose.go)
 type Uplink struct {
 	*session.Near
-	cfg Config
-	log *slog.Logger
+	cfg      Config
+	log      *slog.Logger
+	instance string // of this sidecar, for Open
 }
 
 // New checks the configuration.
@@ -87,7 +88,7 @@ func New(cfg Config) (*Uplink, error) {
 	if cfg.jitter == nil {
 		cfg.jitter = func(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 	}
-	return &Uplink{Near: session.NewNear(cfg.Age), cfg: cfg, log: cfg.Log}, nil
+	return &Uplink{Near: session.NewNear(cfg.Age), cfg: cfg, log: cfg.Log, instance: fmt.Sprintf("%016x", rand.Uint64())}, nil
 }
 
 // Run implements tunnel.Link.
@@ -202,7 +203,7 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 	if err != nil {
 		return nil, err
 	}
-	hello.Version, hello.Sealed = wire.Current, media.PreferredAEADs()
+	hello.Version, hello.Sealed, hello.Instance = wire.Current, media.PreferredAEADs(), u.instance
 	ask := wire.Message{Open: &hello}
 	cand, why, err := u.race(ctx, mode, address)
 	if err != nil {

@@ -67,6 +67,9 @@ type Open struct {
 	Token    string  `json:"token"` // a secret
 	Region   string  `json:"region,omitempty"`
 	Operator string  `json:"operator,omitempty"`
+	// Instance is drawn at random when the sidecar starts, so that another one
+	// with a copy of its key is told from it; empty: it does not say.
+	Instance string `json:"instance,omitempty"`
 	// Sealed are the AEADs that the sidecar takes for sealed packets on this
 	// connection, best first; empty: none.
 	Sealed []string `json:"sealed,omitempty"`
@@ -170,8 +173,11 @@ type GoAway struct {
 	Within Seconds `json:"within_seconds"`
 }
 
-// End ends the session, at the sidecar's word.
-type End struct{}
+// End ends the session. From the cloud proxy it says why.
+type End struct {
+	Code tunnel.Code `json:"code,omitempty"`
+	Text string      `json:"text,omitempty"`
+}
 
 // Seconds is a duration that travels as whole seconds.
 type Seconds int
@@ -186,6 +192,14 @@ func (c *Closed) Err() error {
 		return nil
 	}
 	return peerError(c.Code, c.Text)
+}
+
+// Err says why the session has ended; nil where no reason was given.
+func (e *End) Err() error {
+	if e.Code == "" {
+		return nil
+	}
+	return peerError(e.Code, e.Text)
 }
 
 func peerError(code tunnel.Code, text string) error {
