@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"slices"
@@ -222,7 +223,7 @@ func (a *Attached) AddLane(l tunnel.Lane) { a.plane.addWay(wire.WayLanes, l) }
 func (a *Attached) RemoveLane(l tunnel.Lane) { a.plane.removeWay(wire.WayLanes, l) }
 
 // Use says how datagrams go from now on, in both directions: by the way first,
-// and by also too unless it is wire.NoWay. The cloud proxy learns it with the
+// and sound, STUN and RTCP by also too unless it is wire.NoWay. The cloud proxy learns it with the
 // next probe or report; a probe is sent at once.
 func (a *Attached) Use(first, also wire.Way) {
 	a.plane.say(first, also)
@@ -318,8 +319,11 @@ func (a *Attached) Run() error {
 	defer unhook()
 	a.seek(a.line)
 	err := a.control.run(a.line, a.welcome.Version, a.ctx.Done(), a.handle)
-	if a.ctx.Err() != nil {
+	switch {
+	case a.ctx.Err() != nil:
 		err = context.Cause(a.ctx)
+	case err == io.EOF: // which would be an orderly end of each stream
+		err = tunnel.Errorf(tunnel.CloudUnreachable, "the cloud proxy ended the session")
 	}
 	a.mu.Lock()
 	a.stop(err) // within mu, so that nothing seeks a carrier afterwards
