@@ -21,7 +21,7 @@ import (
 //	1 find the context for the address          6 parse the record
 //	2 number it                                  7 learn or look up the context, answer it
 //	3 write header and payload once              8 drop duplicates by number
-//	4 the way, or two, that Use names            9 leg.deliver
+//	4 the way that Use names, for sound two      9 leg.deliver
 //	5 Room: send, wait, or drop
 type plane struct {
 	age    time.Duration
@@ -61,7 +61,7 @@ type plane struct {
 	freed []freedContext
 }
 
-// using is where records go. also may be nil.
+// using is where records go; by also only sound, STUN and RTCP. also may be nil.
 type using struct{ first, also *way }
 
 type inContext struct {
@@ -362,7 +362,7 @@ func (l *leg) send(payload []byte, at tunnel.Target) error {
 	record := *b
 	payload = record[len(record)-len(payload):]
 	err := u.first.send(&l.line, record, payload)
-	if u.also != nil {
+	if u.also != nil && (err != nil || l.line.Vital(payload)) {
 		if again := u.also.send(&l.line, record, payload); err != nil {
 			err = again
 		}

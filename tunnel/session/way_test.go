@@ -2,7 +2,9 @@ package session
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
+	"maps"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -91,17 +93,91 @@ func TestACopyOnTheSecondWayIsDeliveredOnce(t *testing.T) {
 	a, _ := p.near.OpenPackets(tunnel.Peer{}, in)
 	p.at.Use(wire.WayDatagram, wire.WaySealed)
 	eventually(t, "the far end obeys", func() bool { u := p.far.plane.using.Load(); return u != nil && u.also != nil })
+	small := func() {
+		a.Send(make([]byte, 200), alpha)
+		next(t, in.got)
+	}
 	for range 10 {
-		echoed(t, a, in)
+		small()
 	}
 	eventually(t, "all copies have come", func() bool {
 		return p.near.drops.Get(media.Duplicate) == 10 && p.far.drops.Get(media.Duplicate) == 10
 	})
 	n.dropPackets.Store(true)
-	echoed(t, a, in)
+	small()
 	if len(in.got) != 0 {
 		t.Errorf("%d datagrams were delivered twice", len(in.got))
 	}
+}
+
+// keptWay keeps what is sent by it.
+type keptWay struct {
+	idleWay
+	sent [][]byte
+}
+
+func (w *keptWay) Send(p []byte) error {
+	if !wire.IsNotice(p) {
+		w.sent = append(w.sent, bytes.Clone(p))
+	}
+	return nil
+}
+
+func TestOfACallOnlySoundSTUNAndRTCPGoTwice(t *testing.T) {
+	rtp := func(ssrc, seq, frame, size int) []byte {
+		p := make([]byte, size)
+		p[0], p[1] = 0x80, 96
+		binary.BigEndian.PutUint16(p[2:], uint16(seq))
+		binary.BigEndian.PutUint32(p[4:], uint32(frame))
+		binary.BigEndian.PutUint32(p[8:], uint32(ssrc))
+		return p
+	}
+	stun := make([]byte, 20)
+	binary.BigEndian.PutUint32(stun[4:], 0x2112A442)
+	rtcp := []byte{0x81, 201, 0, 7, 31: 0}
+	synctest.Test(t, func(t *testing.T) {
+		p := newPlane(0, &media.Drops{}, bulk.New())
+		defer p.close()
+		first, second := &keptWay{}, &keptWay{}
+		p.addWay(wire.WayDatagram, first)
+		p.addWay(wire.WayLanes, second)
+		l := p.add(&leg{plane: p, id: 1})
+		count := map[string]int{}
+		send := func(what string, b []byte) {
+			t.Helper()
+			n, before := len(first.sent), len(second.sent)
+			l.send(b, alpha)
+			if len(first.sent) != n+1 {
+				t.Errorf("%s did not go by the first way", what)
+			}
+			count[what] += len(second.sent) - before
+		}
+		call := func(from int) {
+			for i := from; i < from+100; i++ { // 2 s
+				send("sound", rtp(1, i, 960*i, 120))
+				for k := range 3 { // a picture each 20 ms
+					send("pictures", rtp(2, 3*i+k, 1800*i, 1100))
+				}
+				if i%50 == 0 {
+					send("STUN", stun)
+					send("RTCP", rtcp)
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+		}
+		p.say(wire.WayDatagram, wire.NoWay)
+		call(0)
+		for what, n := range count {
+			if n != 0 {
+				t.Errorf("%d of %s went twice without doubt", n, what)
+			}
+		}
+		p.say(wire.WayDatagram, wire.WayLanes)
+		call(100)
+		if want := map[string]int{"sound": 100, "pictures": 0, "STUN": 2, "RTCP": 2}; !maps.Equal(count, want) {
+			t.Errorf("in doubt there went twice %v, want %v", count, want)
+		}
+	})
 }
 
 func TestTheFarEndObeysTheNewestWord(t *testing.T) {
