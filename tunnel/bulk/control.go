@@ -25,6 +25,7 @@ const (
 	mostFall   = 0.3                    // of itself at one report
 	deeper     = 0.7                    // of its rate after a drain, for each drainTime that it takes
 	after      = 0.85                   // of what bulk had when the queue was full: its rate after a drain
+	atFirst    = 0.6                    // the same for the first drain beside a call: bulk ran free, faster than the path
 	drainTime  = 500 * time.Millisecond // without success: less after it
 	learnTime  = 700 * time.Millisecond // the first drain beside a call: until reports have seen the path without a queue
 	settleTime = 200 * time.Millisecond // after a drain: until reports speak of what came later
@@ -100,7 +101,11 @@ func (c *controller) join(rate float64, now time.Duration) {
 // The queue has grown by so much of each second: the path bears 1/(1+slope) of
 // what came to it.
 func (c *controller) drain(now time.Duration, slope float64) {
-	c.resume = max(floor, after*min(c.rate, c.average)/(1+max(0, slope)))
+	part := after
+	if !c.learned {
+		part, c.ceiling = atFirst, c.rate
+	}
+	c.resume = max(floor, part*min(c.rate, c.average)/(1+max(0, slope)))
 	c.set(floor, now)
 	c.draining, c.begun, c.acted, c.growth = true, now, now, 0
 }
