@@ -10,8 +10,12 @@ import (
 
 const (
 	reportEvery = 250 * time.Millisecond
-	// reportOften is the pace while bulk is being paced, here or at the peer.
+	// reportOften is the pace while bulk is being paced, here or at the peer, and
+	// while the peer's reports do not come: most may be lost on a full path.
 	reportOften = 50 * time.Millisecond
+	// A report is overdue after reportDue, and no more hoped for after reportGone.
+	reportDue  = reportEvery + 100*time.Millisecond
+	reportGone = 10 * time.Second
 	// mediaRest is how long after the last datagram reports go on.
 	mediaRest = time.Second
 )
@@ -84,7 +88,7 @@ func (r *reports) tick() {
 	active := p.pacer.Active()
 	often := active
 	for _, y := range ways {
-		often = often || y != nil && y.bad()
+		often = often || y != nil && (y.bad() || y.overdue(now))
 	}
 	for _, y := range ways {
 		if y != nil {

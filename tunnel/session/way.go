@@ -227,6 +227,14 @@ func (y *way) bad() bool {
 	return y.out.bad
 }
 
+// overdue reports whether the peer's next report fails to come.
+func (y *way) overdue(now time.Time) bool {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	late := now.Sub(y.out.at)
+	return len(y.outlets) > 0 && !y.out.at.IsZero() && late > reportDue && late < reportGone
+}
+
 // report takes the peer's report about this way.
 func (y *way) report(r *wire.Report, now time.Time) {
 	y.mu.Lock()

@@ -267,7 +267,7 @@ func TestReportsTellLossDelayAndRoundTrip(t *testing.T) {
 		})
 		defer end()
 		s := p.at.Way(wire.WaySealed)
-		if s.Lost < 0.05 || s.Lost > 0.16 {
+		if s.Lost < 0.03 || s.Lost > 0.16 { // of some 25 packets; a report may overtake one or two
 			t.Errorf("the loss upwards is %.3f, want about 0.1", s.Lost)
 		}
 		if s.Delay < 29*time.Millisecond || s.Delay > 31*time.Millisecond {
