@@ -14,5 +14,6 @@
 // reason, or fails it where CI=true.
 //
 // It is for tests on Linux, with root. It does not speak the tunnel's
-// protocol, and the link between the two is as good as the kernel makes it.
+// protocol. New's link is as good as the kernel makes it, NewBad's as bad as
+// package link is told to make it.
 package netpair

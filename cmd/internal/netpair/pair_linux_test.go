@@ -8,6 +8,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"culvert/cmd/internal/link"
 	"culvert/cmd/internal/netpair"
 )
 
@@ -77,5 +78,40 @@ func TestTheTwoEndsAreApart(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestABadLinkCarriesAndStopsCarrying(t *testing.T) {
+	p, l := netpair.NewBad(t, link.Settings{})
+	var far net.PacketConn
+	at := netip.AddrPortFrom(netpair.FarAddr, 443)
+	if err := p.Far.Do(func() (err error) { far, err = net.ListenPacket("udp4", at.String()); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	send(t, p, at)
+	b := make([]byte, 200)
+	far.SetReadDeadline(time.Now().Add(time.Minute))
+	n, first, err := far.ReadFrom(b)
+	if n != 100 || err != nil {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	if got := l.Counts(); got.UDP != 1 {
+		t.Errorf("counted %+v", got)
+	}
+	l.Change(func(s *link.Settings) { s.Down = true })
+	send(t, p, at) // lost
+	for l.Counts().UDP < 2 {
+		time.Sleep(time.Millisecond) // the device hands it to the link
+	}
+	l.Change(func(s *link.Settings) { s.Down = false })
+	l.Rebind()
+	send(t, p, at)
+	if _, second, err := far.ReadFrom(b); err != nil || second.String() == first.String() {
+		t.Errorf("after a rebinding it comes from %v, before from %v, %v", second, first, err)
+	}
+	far.SetReadDeadline(time.Now())
+	if n, from, err := far.ReadFrom(b); err == nil {
+		t.Errorf("%d bytes from %v too many", n, from)
 	}
 }
