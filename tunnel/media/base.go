@@ -27,15 +27,21 @@ const (
 // Above takes the arrival, as time since any fixed origin that never goes
 // back, and the send time.
 func (b *Base) Above(arrival time.Duration, sent uint32) time.Duration {
-	us, part := arrival.Microseconds(), int64(arrival/basePart)
+	return b.Over(arrival, uint32(arrival.Microseconds())-sent)
+}
+
+// Over is Above for an offset that has been reckoned elsewhere, in microseconds
+// modulo 2³²; now only tells how old it is.
+func (b *Base) Over(now time.Duration, offset32 uint32) time.Duration {
+	part := int64(now / basePart)
 	if !b.started {
 		b.started, b.part = true, part
-		b.put(int64(int32(uint32(us) - sent)))
+		b.put(int64(int32(offset32)))
 		return 0
 	}
 	base, _ := b.smallest()
 	// The offset is what lies within 2³¹ µs (36 minutes) of the base.
-	offset := base + int64(int32(uint32(us)-sent-uint32(base)))
+	offset := base + int64(int32(offset32-uint32(base)))
 	if gap := part - b.part; gap > 0 {
 		for i := range min(gap, baseParts) {
 			b.set[(part-i)%baseParts] = false

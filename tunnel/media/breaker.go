@@ -24,9 +24,11 @@ const (
 	delayFull = 100 * time.Millisecond
 
 	// shapePart of what arrives is sent, less what empties the way's queue
-	// within drainIn. settleIn is how long the effect then takes to be seen.
+	// within drainIn, drainMost of it at most: sound is to pass meanwhile.
+	// settleIn is how long the effect then takes to be seen for certain.
 	shapePart = 0.95
-	drainIn   = 500 * time.Millisecond
+	drainIn   = 250 * time.Millisecond
+	drainMost = 0.7
 	settleIn  = 750 * time.Millisecond
 
 	raiseLeast = 0.08                   // growth per second, at first and near the last limit
@@ -193,10 +195,16 @@ func (b *Breaker) calm() { b.run, b.harm, b.span, b.carried = 0, 0, 0, 0 }
 
 // lower shapes to what arrives, and less while a queue has to be emptied.
 func (b *Breaker) lower(now time.Time, delay time.Duration, least float64) {
-	drain := min(0.5, delay.Seconds()/drainIn.Seconds())
+	drain := min(drainMost, delay.Seconds()/drainIn.Seconds())
 	b.rate = max(least, b.mean*(shapePart-drain), MinShape)
 	b.eased, b.draining = now, true
 	b.good, b.spare = 0, 0
+}
+
+// drained ends the time in which the queue is emptied.
+func (b *Breaker) drained() {
+	b.draining = false
+	b.rate = max(b.rate, b.wall*shapePart)
 }
 
 // steer moves the rate while shaped.
@@ -209,6 +217,8 @@ func (b *Breaker) steer(now time.Time, s Seen, dt time.Duration) {
 			// The interval that tripped held something of the time before.
 			b.mean, b.wall = s.Received, s.Received
 			b.lower(now, s.Delay, MinShape)
+		} else if b.draining && s.Delay < delayRisen {
+			b.drained()
 		}
 		return
 	}
@@ -224,8 +234,7 @@ func (b *Breaker) steer(now time.Time, s Seen, dt time.Duration) {
 	case s.Delay >= delayLong, s.Lost >= lossGood && s.Delay >= delayRisen, s.Lost > lossBad:
 		b.good, b.spare = 0, 0
 	case b.draining:
-		b.draining = false
-		b.rate = max(b.rate, b.wall*shapePart)
+		b.drained()
 	default:
 		b.good += dt
 		if b.spare += dt; used {

@@ -118,6 +118,7 @@ func newSealed(c SealedConfig, limit uint64, gap time.Duration) (*Sealed, error)
 		return nil, err
 	}
 	s.out.epoch.Store(&sealEpoch{epochKeys: first})
+	s.out.first, s.out.origin = firstNumber(first.id), time.Now()
 	to := c.Flow.Path()
 	s.route.Store(&route{to: to})
 	s.carrier = to
@@ -129,6 +130,8 @@ func newSealed(c SealedConfig, limit uint64, gap time.Duration) (*Sealed, error)
 	if s.in.cur, err = s.in.claim(0); err != nil {
 		return nil, err
 	}
+	s.in.arrivals.first = firstNumber(s.in.cur.id)
+	s.in.arrivals.highest = s.in.arrivals.first
 	if s.in.next, err = s.in.claim(1); err != nil {
 		c.Flow.Release(s.in.cur.id)
 		return nil, err

@@ -76,7 +76,9 @@ type sealEpoch struct {
 type sealer struct {
 	epoch atomic.Pointer[sealEpoch]
 	limit uint64     // packets of an epoch; epochPackets but in tests
+	first uint32     // number of the first packet
 	mu    sync.Mutex // held while one epoch follows another
+	departures
 	// derive makes the keys of an epoch, changed is told of each new one, both under mu.
 	derive  func(number uint32) (epochKeys, error)
 	changed func(number uint32)
@@ -95,6 +97,7 @@ func (o *sealer) seal(sc *scratch, record []byte) error {
 			}
 			continue
 		}
+		o.note(o.first + e.number*uint32(o.limit) + uint32(n))
 		b := append(sc.buf[:0], 0x40|byte(rand.Uint32())&0x3f)
 		b = append(b, e.id[:]...)
 		b = append(b, byte(n>>16), byte(n>>8), byte(n))
@@ -180,6 +183,7 @@ type opener struct {
 	cur      *openEpoch
 	next     *openEpoch // claimed before the peer uses it; nil: its ID could not be claimed
 	oldUntil time.Time
+	arrivals arrivals
 	movedAt  time.Time // when cur became that; zero: it is the first
 	closed   bool
 }
@@ -241,6 +245,7 @@ func (i *opener) open(sc *scratch, e *openEpoch, p []byte) (v verdict, highest, 
 	sc.buf = record
 	highest = e == i.next || e == i.cur && n >= e.replay.next
 	e.commit(n)
+	i.arrivals.add(i.arrivals.first+e.number*uint32(i.limit)+n, highest)
 	if e == i.next {
 		i.advanceLocked()
 		moved = true

@@ -10,8 +10,9 @@ import (
 
 const (
 	reportEvery = 250 * time.Millisecond
-	// reportOften is the pace while bulk is being paced, here or at the peer, and
-	// while the peer's reports do not come: most may be lost on a full path.
+	// reportOften is the pace while bulk is being paced, here or at the peer,
+	// while much of what the peer sends is lost, and while its reports do not come:
+	// most may be lost on a full path. So often this end looks, too.
 	reportOften = 50 * time.Millisecond
 	// A report is overdue after reportDue, and no more hoped for after reportGone.
 	reportDue  = reportEvery + 100*time.Millisecond
@@ -33,6 +34,7 @@ type reports struct {
 	began   time.Time // of this run of ticks
 	moved   uint64    // datagrams, at the last tick
 	movedAt time.Time // the tick by which the last had passed
+	told    time.Time // the tick that last reported
 }
 
 // begin makes reports flow. It is called for each datagram.
@@ -87,17 +89,23 @@ func (r *reports) tick() {
 	live := p.isLive()
 	active := p.pacer.Active()
 	often := active
-	for _, y := range ways {
-		often = often || y != nil && (y.bad() || y.overdue(now))
-	}
+	trouble := false
 	for _, y := range ways {
 		if y != nil {
-			y.tick(now, use, live, often)
+			trouble = y.look(now) || trouble
+			often = often || y.bad() || y.overdue(now)
 		}
 	}
-	pause := reportEvery
-	if often || now.UnixNano() < r.wish.Load() {
-		pause = reportOften
+	r.mu.Lock()
+	due := often || trouble || now.UnixNano() < r.wish.Load() || now.Sub(r.told) > reportEvery-reportOften/2
+	if due {
+		r.told = now
+	}
+	r.mu.Unlock()
+	for _, y := range ways {
+		if y != nil && due {
+			y.tick(now, use, live, often)
+		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -110,12 +118,12 @@ func (r *reports) tick() {
 	switch {
 	case r.ended:
 	case now.Sub(r.movedAt) < mediaRest || active || live || now.UnixNano() < r.wish.Load():
-		r.timer.Reset(pause)
+		r.timer.Reset(reportOften)
 	default:
 		r.movedAt, r.began = time.Time{}, time.Time{}
 		r.running.Store(false)
 		if (p.moved.Load() != r.moved || p.isLive()) && !r.running.Swap(true) { // something has begun meanwhile
-			r.timer.Reset(pause)
+			r.timer.Reset(reportOften)
 		}
 	}
 }

@@ -23,6 +23,7 @@ type way struct {
 
 	sent      atomic.Uint32 // records given to the transport
 	sentBytes atomic.Uint64
+	offered   atomic.Uint64 // bytes of datagrams' records that were to be sent
 	received  atomic.Uint32 // records that came
 	bytes     atomic.Uint64 // of received
 
@@ -33,7 +34,7 @@ type way struct {
 	in      incoming
 	out     outgoing
 	probes  probes
-	breaker *media.Breaker // nil on ways that have a congestion control of their own
+	breaker *media.Breaker // nil on QUIC DATAGRAM, which has a congestion control of its own
 }
 
 // incoming is what this end sees of the records that come, for its reports.
@@ -44,10 +45,10 @@ type incoming struct {
 	since   time.Time // when the measured span began
 	sent    uint32    // the peer's Sent, and what had been received, at that time
 	records uint32
-	lost    uint16    // in the last span
-	rated   time.Time // when the rate was last measured: by our clock, since reports may be lost
-	bytes   uint64    // received by then
-	rate    uint32    // kbit/s
+	lost    uint16 // in the last span
+	rate    uint32 // kbit/s, in the last span
+	marks   marks
+	by      numbered // what numbers the packets that are counted; nil: nothing does
 	delay   time.Duration
 	delayed bool // delay has been measured since our last report
 }
@@ -61,8 +62,14 @@ type outgoing struct {
 	rtt    time.Duration
 	lost   float64
 	delay  time.Duration
-	bad    bool // the circuit breaker wants another way
-	shaped bool // the circuit breaker holds us back
+	base   media.Base // of delay
+	bad    bool       // the circuit breaker wants another way
+	shaped bool       // the circuit breaker holds us back
+
+	// Of lanes, whose TCP is asked instead of the peer.
+	weighed time.Time // when wanted was last measured
+	offered uint64    // bytes that were to be sent by then
+	wanted  float64   // bits/s
 }
 
 // largeProbe bounds a large probe on ways that take much more than a packet.
@@ -118,7 +125,7 @@ func (o *outlet) Resend(p []byte, since time.Time) error {
 
 func newWay(p *plane, kind wire.Way) *way {
 	y := &way{plane: p, kind: kind, room: media.NewRoom(p.age, p.drops)}
-	if kind == wire.WaySealed {
+	if kind != wire.WayDatagram {
 		y.breaker = media.NewBreaker()
 	}
 	return y
@@ -163,6 +170,7 @@ func (y *way) transports() []tunnel.Way {
 
 // send sends a record, in pieces where it is too long for the way in one.
 func (y *way) send(l *media.Line, record, payload []byte) error {
+	y.offered.Add(uint64(len(record)))
 	err := y.room.Send(l, record, payload)
 	if !errors.Is(err, tunnel.ErrTooLarge) {
 		return err
@@ -181,7 +189,143 @@ func (y *way) receive(record []byte) {
 	y.plane.receive(y, record)
 }
 
-// tick is called every report interval; it reports what this end sees.
+// numbered is a transport that numbers its packets, as sealed ones are.
+type numbered interface {
+	Arrivals() media.Arrivals
+	Departed(number uint32) (us uint32, ok bool)
+}
+
+// numberedLocked returns the way's transport, if that numbers its packets and is
+// the only one.
+func (y *way) numberedLocked() numbered {
+	if len(y.outlets) != 1 {
+		return nil
+	}
+	n, _ := y.outlets[0].Way.(numbered)
+	return n
+}
+
+// departedLocked returns when the packet left here that the peer has seen last.
+func (y *way) departedLocked(r *wire.Report) (us uint32, ok bool) {
+	if y.in.by == nil || r.Held == wire.NothingSeen {
+		return 0, false
+	}
+	return y.in.by.Departed(r.Seen)
+}
+
+// look notes what has come so far, as often as reports may be sent. It returns
+// whether so much is lost that the peer should know at once.
+func (y *way) look(now time.Time) (trouble bool) {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	if n := y.received.Load(); n != y.heard {
+		y.heard, y.heardAt = n, now
+	}
+	in, m := &y.in, mark{at: now, bytes: y.bytes.Load()}
+	if by := y.numberedLocked(); by != in.by { // others' numbers
+		in.by, in.marks, in.lost = by, marks{}, 0
+		y.out.base = media.Base{}
+	}
+	if in.by != nil {
+		a := in.by.Arrivals()
+		m.sent, m.came = a.Sent, a.Came
+	}
+	from := in.marks.before(m)
+	in.marks.add(m)
+	if from.at.IsZero() {
+		in.rate = 0
+		return false
+	}
+	in.rate = uint32(min(float64(m.bytes-from.bytes)*8/1000/now.Sub(from.at).Seconds(), math.MaxUint32))
+	if in.by == nil {
+		if y.kind == wire.WayLanes {
+			y.weighLocked(now)
+		}
+		return false
+	}
+	sent, came := m.sent-from.sent, m.came-from.came
+	in.lost = lostOf(sent, came)
+	return in.lost > troubleLost && sent-came >= troubleLeast
+}
+
+// loaded is a transport whose congestion control tells how much passes, as lanes'.
+type loaded interface {
+	Load() (rate float64, queue time.Duration, ok bool)
+}
+
+// weighLocked has the breaker judge lanes by what TCP says of them: what their
+// congestion control holds back is not lost, so no report tells of it.
+func (y *way) weighLocked(now time.Time) {
+	out, seen := &y.out, media.Seen{Yields: y.plane.pacer.Gives()}
+	known := false
+	for _, o := range y.outlets {
+		if l, ok := o.Way.(loaded); ok {
+			rate, queue, ok := l.Load()
+			seen.Received += rate
+			if ok {
+				known = true
+				seen.Delay = max(seen.Delay, queue)
+			}
+		}
+	}
+	offered := y.offered.Load()
+	if took := now.Sub(out.weighed); took >= span {
+		out.wanted = float64(offered-out.offered) * 8 / took.Seconds()
+		out.weighed, out.offered = now, offered
+	}
+	if !known {
+		return
+	}
+	seen.Sent = out.wanted
+	var rate float64
+	out.bad, rate = y.breaker.Report(now, seen)
+	out.shaped = rate > 0
+	y.room.Shape(rate)
+}
+
+const (
+	// From this loss on, of this many records, reports go often: a tenth, from
+	// which on the circuit breaker may have to act.
+	troubleLost  = math.MaxUint16 / 10
+	troubleLeast = 5
+)
+
+// A mark is what had come at a time.
+type mark struct {
+	at         time.Time
+	bytes      uint64
+	sent, came uint32 // packets, where they are numbered
+}
+
+// marks are the last ones, the newest first.
+type marks [8]mark
+
+const (
+	// shortSpan is enough to count losses in, where manyInIt packets are.
+	shortSpan = 100 * time.Millisecond
+	manyInIt  = 20
+)
+
+// before returns the mark to reckon from until now; zero: there is none.
+func (s *marks) before(now mark) (from mark) {
+	for _, m := range s {
+		took := now.at.Sub(m.at)
+		switch {
+		case m.at.IsZero() || took > 4*reportEvery: // media was quiet
+			return from
+		case took >= span, took >= shortSpan && now.sent-m.sent >= manyInIt:
+			return m
+		}
+	}
+	return from
+}
+
+func (s *marks) add(m mark) {
+	copy(s[1:], s[:])
+	s[0] = m
+}
+
+// tick reports what this end sees.
 func (y *way) tick(now time.Time, use wire.Use, live, often bool) {
 	for _, t := range y.transports() {
 		if t, ok := t.(interface{ Tick(time.Time) }); ok {
@@ -189,12 +333,14 @@ func (y *way) tick(now time.Time, use wire.Use, live, often bool) {
 		}
 	}
 	y.mu.Lock()
-	if n := y.received.Load(); n != y.heard {
-		y.heard, y.heardAt = n, now
-	}
 	r := wire.Report{
 		Use: use, Live: live, Often: often, Time: y.plane.clock(now), Sent: y.sent.Load() + 1,
-		Lost: y.in.lost, Rate: y.in.rate, Delay: wire.NoDelay,
+		Lost: y.in.lost, Rate: y.in.rate, Delay: wire.NoDelay, Held: wire.NothingSeen,
+	}
+	if y.in.by != nil {
+		if a := y.in.by.Arrivals(); !a.SeenAt.IsZero() && now.Sub(a.SeenAt) < reportGone {
+			r.Seen, r.Held = a.Seen, uint32(max(0, now.Sub(a.SeenAt)).Microseconds())
+		}
 	}
 	if !y.in.echoAt.IsZero() {
 		r.Echo = max(1, y.in.echo+uint32(now.Sub(y.in.echoAt).Microseconds()))
@@ -203,14 +349,7 @@ func (y *way) tick(now time.Time, use wire.Use, live, often bool) {
 		r.Delay = uint16(min(y.in.delay/wire.DelayUnit, wire.NoDelay-1))
 		y.in.delayed = false
 	}
-	if n := y.bytes.Load(); y.in.rated.IsZero() || now.Sub(y.in.rated) >= span {
-		if took := now.Sub(y.in.rated); !y.in.rated.IsZero() && took < 4*reportEvery {
-			r.Rate = uint32(min(float64(n-y.in.bytes)*8/1000/took.Seconds(), math.MaxUint32))
-			y.in.rate = r.Rate
-		}
-		y.in.rated, y.in.bytes = now, n
-	}
-	if y.breaker != nil && now.Sub(y.out.at) > 2*reportEvery {
+	if y.kind == wire.WaySealed && now.Sub(y.out.at) > 2*reportEvery {
 		y.breaker.Silence(now)
 	}
 	y.mu.Unlock()
@@ -246,6 +385,7 @@ func (y *way) report(r *wire.Report, now time.Time) {
 	in.echo, in.echoAt = r.Time, now
 	records := y.received.Load()
 	switch took := now.Sub(in.since); {
+	case in.by != nil: // which is asked what was lost
 	case in.since.IsZero() || took > 4*reportEvery: // media was quiet
 		in.lost = 0
 		in.since, in.sent, in.records = now, r.Sent, records
@@ -261,7 +401,12 @@ func (y *way) report(r *wire.Report, now time.Time) {
 		out.rtt = time.Duration(y.plane.clock(now)-r.Echo) * time.Microsecond
 	}
 	out.lost = float64(r.Lost) / math.MaxUint16
-	if r.Delay != wire.NoDelay {
+	// How long a packet took that has come tells more than how long a report
+	// took: where most is lost hardly a report comes.
+	delayed := r.Delay != wire.NoDelay
+	if left, ok := y.departedLocked(r); ok {
+		out.delay, delayed = out.base.Over(now.Sub(y.plane.origin), r.Time-r.Held-left), true
+	} else if delayed {
 		out.delay = time.Duration(r.Delay) * wire.DelayUnit
 	}
 	sent := y.sentBytes.Load()
@@ -272,7 +417,7 @@ func (y *way) report(r *wire.Report, now time.Time) {
 		out.since, out.sent = now, sent
 	}
 	delay := out.delay
-	if y.breaker != nil && fresh {
+	if y.kind == wire.WaySealed && fresh {
 		var rate float64
 		out.bad, rate = y.breaker.Report(now, media.Seen{
 			Sent: out.rate, Lost: out.lost, Received: float64(r.Rate) * 1000, Delay: out.delay, Yields: y.plane.pacer.Gives(),
@@ -282,7 +427,7 @@ func (y *way) report(r *wire.Report, now time.Time) {
 	}
 	shaped := out.shaped
 	y.mu.Unlock()
-	if r.Delay != wire.NoDelay {
+	if delayed {
 		y.plane.queueing(y, now, delay, shaped)
 	}
 }

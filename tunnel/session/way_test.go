@@ -283,6 +283,91 @@ func TestReportsTellLossDelayAndRoundTrip(t *testing.T) {
 	})
 }
 
+func TestLossAndDelayAreKnownWhereOurReportsDoNotArrive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var packets atomic.Int64
+		var drop atomic.Bool
+		p := join(t, NewNear(0), tunneltest.Config{Flow: true, Queue: 1000, Packet: func(up bool, b []byte) tunneltest.Fate {
+			f := tunneltest.Fate{Delay: 20 * time.Millisecond}
+			if up && drop.Load() {
+				f.Delay = 120 * time.Millisecond
+				// Reports and whatever else is short is lost, and half of the rest.
+				f.Drop = len(b) < 300 || packets.Add(1)%2 == 0
+			}
+			return f
+		}}, FarConfig{})
+		a, err := p.near.OpenPackets(tunnel.Peer{}, newInbox())
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.at.Use(wire.WaySealed, wire.NoWay)
+		send := func(d time.Duration) {
+			for range d / (10 * time.Millisecond) {
+				a.Send(make([]byte, 800), alpha)
+				time.Sleep(10 * time.Millisecond)
+			}
+		}
+		send(2 * time.Second)
+		drop.Store(true)
+		send(400 * time.Millisecond)
+		s := p.at.Way(wire.WaySealed)
+		if s.Lost < 0.4 || s.Lost > 0.6 {
+			t.Errorf("after 400 ms the loss is %.2f, want about half", s.Lost)
+		}
+		if s.Delay < 98*time.Millisecond || s.Delay > 102*time.Millisecond {
+			t.Errorf("after 400 ms the delay has risen by %v, want 100 ms", s.Delay)
+		}
+		a.Close()
+		p.end()
+	})
+}
+
+// loadedWay is a lane whose TCP lets some of what is sent pass, with a queue.
+type loadedWay struct {
+	idleWay
+	rate  float64
+	queue time.Duration
+}
+
+func (w *loadedWay) Load() (float64, time.Duration, bool) { return w.rate, w.queue, true }
+
+func TestLanesThatCarryLessThanTheCallSendsAreShapedToWhatTheyCarry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPlane(0, &media.Drops{}, bulk.New())
+		defer p.close()
+		w := &loadedWay{rate: 2e6}
+		p.addWay(wire.WayLanes, w)
+		l := p.add(&leg{plane: p, id: 1})
+		send := func(d time.Duration) { // 2 Mbit/s
+			for range d / (4 * time.Millisecond) {
+				l.send(make([]byte, 1000), alpha)
+				time.Sleep(4 * time.Millisecond)
+			}
+		}
+		send(2 * time.Second)
+		if p.state(wire.WayLanes).Shaped {
+			t.Error("lanes that carry all are shaped")
+		}
+		w.rate, w.queue = 300e3, 200*time.Millisecond
+		send(500 * time.Millisecond)
+		w.queue = 0
+		send(500 * time.Millisecond)
+		if !p.state(wire.WayLanes).Shaped {
+			t.Fatal("lanes that carry a seventh of the call are not shaped")
+		}
+		before := p.ways[wire.WayLanes].sentBytes.Load()
+		send(time.Second)
+		if sent := 8 * (p.ways[wire.WayLanes].sentBytes.Load() - before); sent < 200_000 || sent > 310_000 {
+			t.Errorf("%d bits were sent in a second, want somewhat less than 300,000", sent)
+		}
+		w.rate = 3e6
+		send(20 * time.Second)
+		if p.state(wire.WayLanes).Shaped {
+			t.Error("lanes that carry all again are still shaped")
+		}
+	})
+}
+
 func TestReportsEndWithTheDatagrams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var packets atomic.Int64

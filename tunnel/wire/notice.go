@@ -56,6 +56,11 @@ type Report struct {
 	Lost  uint16 // of 65,535 records
 	Rate  uint32 // kbit/s of records
 	Delay uint16 // the least delay of a report since the last one we sent, above the shortest of late, in DelayUnit
+
+	// Seen is the number of a packet that has come on a way that numbers its
+	// packets, and Held how long before Time, in microseconds: its sender knows
+	// when it left, and so how long it took.
+	Seen, Held uint32
 }
 
 const (
@@ -63,6 +68,8 @@ const (
 	DelayUnit = 100 * time.Microsecond
 	// NoDelay says that no delay has been measured since the last report.
 	NoDelay = 1<<16 - 1
+	// NothingSeen in Report.Held says that no such packet has come.
+	NothingSeen = 1<<32 - 1
 )
 
 // A Probe asks for an Answer on the way that it came by. Size is how long the
@@ -97,10 +104,10 @@ type Reset struct {
 
 // Sizes of notices in bytes.
 const (
-	FragmentHeader = shortHeader + 4               // what a fragment adds to its piece
-	MinProbe       = shortHeader + sizeUse + 8     // a probe without padding
-	sizeUse        = 4 + 1 + 1                     // n, way, also
-	sizeReport     = sizeUse + 1 + 3*4 + 2 + 4 + 2 // use, flags, time, echo, sent, lost, rate, delay
+	FragmentHeader = shortHeader + 4                     // what a fragment adds to its piece
+	MinProbe       = shortHeader + sizeUse + 8           // a probe without padding
+	sizeUse        = 4 + 1 + 1                           // n, way, also
+	sizeReport     = sizeUse + 1 + 3*4 + 2 + 4 + 2 + 2*4 // use, flags, time, echo, sent, lost, rate, delay, seen, held
 	sizeAnswer     = 8 + 2
 	sizeReset      = 4 + 16
 
@@ -135,7 +142,8 @@ func (r *Report) Append(b []byte) []byte {
 	}
 	b = binary.BigEndian.AppendUint16(b, r.Lost)
 	b = binary.BigEndian.AppendUint32(b, r.Rate)
-	return binary.BigEndian.AppendUint16(b, r.Delay)
+	b = binary.BigEndian.AppendUint16(b, r.Delay)
+	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b, r.Seen), r.Held)
 }
 
 // Append writes a probe, padded with zeros to Size.

@@ -58,8 +58,8 @@ func describe(p []byte) string {
 		return fmt.Sprintf("unknown context=%d", n.Unknown)
 	case n.Report != nil:
 		r := n.Report
-		return fmt.Sprintf("report use=%d,%s,%s live=%v often=%v time=%d echo=%d sent=%d lost=%d rate=%d delay=%d",
-			r.Use.N, r.Use.Way, r.Use.Also, r.Live, r.Often, r.Time, r.Echo, r.Sent, r.Lost, r.Rate, r.Delay)
+		return fmt.Sprintf("report use=%d,%s,%s live=%v often=%v time=%d echo=%d sent=%d lost=%d rate=%d delay=%d seen=%d held=%d",
+			r.Use.N, r.Use.Way, r.Use.Also, r.Live, r.Often, r.Time, r.Echo, r.Sent, r.Lost, r.Rate, r.Delay, r.Seen, r.Held)
 	case n.Probe != nil:
 		return fmt.Sprintf("probe use=%d,%s,%s nonce=%x size=%d", n.Probe.Use.N, n.Probe.Use.Way, n.Probe.Use.Also, n.Probe.Nonce, n.Probe.Size)
 	case n.Answer != nil:

@@ -230,6 +230,7 @@ func readNotice(kind uint16, p []byte) (n Notice, err error) {
 		p = p[sizeUse+1:]
 		r.Time, r.Echo, r.Sent = binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:]), binary.BigEndian.Uint32(p[8:])
 		r.Lost, r.Rate, r.Delay = binary.BigEndian.Uint16(p[12:]), binary.BigEndian.Uint32(p[14:]), binary.BigEndian.Uint16(p[18:])
+		r.Seen, r.Held = binary.BigEndian.Uint32(p[20:]), binary.BigEndian.Uint32(p[24:])
 		n.Report = r
 	case noticeProbe:
 		if len(p) < MinProbe-shortHeader {

@@ -133,7 +133,7 @@ func TestParseRecordRefusesWhatIsCut(t *testing.T) {
 
 // everyNotice is one of each kind that is more than a context.
 var everyNotice = []Notice{
-	{Report: &Report{Use: Use{3, WaySealed, WayLanes}, Live: true, Time: 7, Echo: 8, Sent: 9, Lost: 10, Rate: 11, Delay: NoDelay}},
+	{Report: &Report{Use: Use{3, WaySealed, WayLanes}, Live: true, Time: 7, Echo: 8, Sent: 9, Lost: 10, Rate: 11, Delay: NoDelay, Seen: 12, Held: NothingSeen}},
 	{Report: &Report{Often: true}},
 	{Probe: &Probe{Use: Use{1, WayDatagram, NoWay}, Nonce: 5, Size: MinProbe}},
 	{Probe: &Probe{Nonce: 5, Size: 1200}},
