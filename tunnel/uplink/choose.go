@@ -33,9 +33,12 @@ const (
 	risen = 40 * time.Millisecond
 	// gone is the loss from which on a way counts as shut in our direction.
 	gone = 0.9
-	// strained is how long the circuit breaker may be at work before the other
-	// family is tried.
-	strained = 1500 * time.Millisecond
+	// full is the loss from which on a way shows that it is overloaded.
+	full = 0.1
+	// strained is for how long a way must be seen to be overloaded while lanes
+	// are not, before it is left for them. After the circuit breaker has acted it
+	// no longer is, so this adds up over several tries.
+	strained = 600 * time.Millisecond
 )
 
 // view is what a chooser decides by.
@@ -64,7 +67,7 @@ type orders struct {
 //	  │ │ nothing comes by it for 600 ms, or it  │       │
 //	  │ │ loses all, and something comes by      ▼       │
 //	  │ └────────────────────────────────────── quic-datagram
-//	  └── the same; or UDP is strained for 1.5 s, and nothing waits on lanes
+//	  └── the same; or UDP is overloaded, and nothing waits on lanes
 //
 // From 300 ms of silence on all ways are asked every 50 ms; from 600 ms on, and
 // for 2 s after a change, what is small goes by both, unless delay rose first.
@@ -72,10 +75,12 @@ type chooser struct {
 	way       wire.Way // in use; NoWay: none yet
 	since     time.Time
 	also      wire.Way
-	both      time.Time // until when also is used
-	doubt     time.Time // since when the way is silent or shut; zero: it is not
-	congested bool      // delay had risen before the doubt: nothing is sent twice
-	strain    time.Time // since when the breaker is at work on it; zero: it is not
+	both      time.Time     // until when also is used
+	doubt     time.Time     // since when the way is silent or shut; zero: it is not
+	congested bool          // delay had risen before the doubt: nothing is sent twice
+	strain    time.Time     // since when the breaker is at work on it; zero: it is not
+	apart     time.Duration // how long since then it was overloaded and lanes were not
+	looked    time.Time     // the last step
 	trial     trial
 	asked     time.Time // when probes were last sent
 	again     [wire.WaysEnd]again
@@ -108,6 +113,7 @@ func rank(w wire.Way) int {
 // step looks and decides.
 func (c *chooser) step(v view) orders {
 	var o orders
+	defer func() { c.looked = v.now }()
 	if c.way == wire.NoWay || !v.ways[c.way].Present {
 		c.fallBack(v, &o)
 	}
@@ -141,7 +147,7 @@ func (c *chooser) step(v view) orders {
 // fallBack uses what is there.
 func (c *chooser) fallBack(v view, o *orders) {
 	was := c.way
-	c.way, c.doubt, c.strain = wire.NoWay, time.Time{}, time.Time{}
+	c.way, c.doubt, c.strain, c.apart = wire.NoWay, time.Time{}, time.Time{}, 0
 	for _, w := range [...]wire.Way{wire.WayDatagram, wire.WayLanes, wire.WaySealed} { // sealed packets have to be seen to arrive
 		if v.ways[w].Present {
 			why := wayAtHand[w]
@@ -171,7 +177,7 @@ var wayAtHand = [wire.WaysEnd]string{
 const noSealed = "it is at hand; the cloud proxy or this system offers no sealed packets"
 
 func (c *chooser) use(v view, o *orders, w wire.Way, why string, cause tunnel.Code) {
-	c.way, c.since, c.doubt, c.strain, c.trial = w, v.now, time.Time{}, time.Time{}, trial{}
+	c.way, c.since, c.doubt, c.strain, c.apart, c.trial = w, v.now, time.Time{}, time.Time{}, 0, trial{}
 	o.why, o.cause = why, cause
 }
 
@@ -204,7 +210,7 @@ func (c *chooser) watch(v view, o *orders) {
 	fresh := v.now.Sub(s.Reported) < deaf
 	quiet := v.now.Sub(later(s.Heard, c.since))
 	silent := v.flowing && quiet > doubtful
-	shut := s.Lost > gone && fresh
+	shut := s.Lost > gone && fresh && s.Delay <= risen // behind a full queue it is not shut but too slow
 	// Where only our direction is shut the peer, which hears us by the other way,
 	// is still heard: then only an answer ends the doubt.
 	if !silent && !shut && (c.doubt.IsZero() || s.Small.After(c.doubt)) {
@@ -252,19 +258,27 @@ func (c *chooser) watch(v view, o *orders) {
 	}
 }
 
-// strained looks whether UDP is throttled where TCP is not: on a link that is
-// too slow for the call altogether what goes by lanes waits as well.
+// strained looks whether UDP is throttled where TCP is not. Only while the way
+// is overloaded does that show: on a link that is too slow for the call
+// altogether what goes by lanes waits as well then, and not after the circuit
+// breaker has emptied the queue.
 func (c *chooser) strained(v view, o *orders) {
 	s, lanes := v.ways[c.way], v.ways[wire.WayLanes]
-	free := lanes.Present && lanes.Delay <= risen && v.now.Sub(lanes.Reported) < deaf
-	if c.way == wire.WayLanes || !s.Bad || !free {
-		c.strain = time.Time{}
+	if c.way == wire.WayLanes || !s.Bad || !lanes.Present {
+		c.strain, c.apart = time.Time{}, 0
 		return
 	}
 	if c.strain.IsZero() {
-		c.strain = v.now
+		c.strain, c.apart = v.now, 0
 	}
-	if v.now.Sub(c.strain) >= strained {
+	took := min(v.now.Sub(c.looked), 2*calmEvery)
+	switch asked := v.now.Sub(lanes.Reported) < doubtful && lanes.Reported.After(c.strain); {
+	case lanes.Delay > risen:
+		c.apart = 0
+	case asked && (s.Lost > full || s.Delay > max(risen, 2*lanes.Delay)):
+		c.apart += took
+	}
+	if c.apart >= strained {
 		c.leave(v, o, wire.WayLanes, fmt.Sprintf("%v carries less than the call sends, and nothing waits on TCP", c.way), tunnel.PathStrained, false)
 	}
 }

@@ -194,14 +194,38 @@ func TestTheChooser(t *testing.T) {
 		},
 		"UDP that is throttled is left for lanes": func(w *world) {
 			w.pass(second)
-			w.ways[sealed].Bad = true
-			w.pass(2 * second)
+			w.ways[sealed].Bad, w.ways[sealed].Lost = true, 0.8
+			w.pass(second)
+			w.uses(lanes, wire.NoWay)
+		},
+		"UDP that is throttled is left for lanes also where the breaker soon has it under control": func(w *world) {
+			w.pass(second)
+			for range 4 { // it tries more again and again
+				w.ways[sealed].Bad, w.ways[sealed].Delay = true, 100*time.Millisecond
+				w.pass(200 * time.Millisecond)
+				w.ways[sealed].Delay = 0
+				w.pass(second)
+			}
 			w.uses(lanes, wire.NoWay)
 		},
 		"on a link that is slow for all the way stays": func(w *world) {
 			w.pass(second)
-			w.ways[sealed].Bad, w.ways[lanes].Delay = true, 100*time.Millisecond
-			w.pass(10 * second)
+			s, l := &w.ways[sealed], &w.ways[lanes]
+			s.Bad = true
+			for range 10 { // it tries more again and again
+				s.Lost, s.Delay = 0.9, 200*time.Millisecond
+				w.pass(100 * time.Millisecond) // what lanes' reports tell is older
+				l.Delay = 100 * time.Millisecond
+				w.pass(300 * time.Millisecond)
+				s.Lost, s.Delay, l.Delay = 0, 0, 0
+				w.pass(second)
+			}
+			w.uses(sealed, wire.NoWay)
+		},
+		"a full queue behind which most is lost is no shut way": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Lost, w.ways[sealed].Delay = 0.95, 200*time.Millisecond
+			w.pass(2 * second)
 			w.uses(sealed, wire.NoWay)
 		},
 		"an idle session is not asked about": func(w *world) {
