@@ -42,10 +42,15 @@ type lane struct {
 
 	mu       sync.Mutex
 	pending  []byte
-	blocked  bool  // a Send was refused: writable is owed
+	blocked  bool // a Send was refused: writable is owed
+	full     bool // it was the window that refused: it is owed when that has room
+	writable func()
 	err      error // set before done is closed
 	abort    bool  // so is this: there is nobody to say farewell to
 	pulse    pulse
+	window   window
+	written  uint64 // bytes that TCP was given
+	writing  int    // bytes that the writer holds
 	kept     kept
 	watch    *time.Timer // made by the first Send
 	watching bool        // it runs
@@ -78,8 +83,9 @@ func (w *lane) Start(recv func([]byte), writable func()) {
 	if w.err != nil {
 		return
 	}
+	w.writable = writable
 	w.wg.Go(func() { w.end(w.receive(recv)) })
-	w.wg.Go(func() { w.end(w.transmit(writable)) })
+	w.wg.Go(func() { w.end(w.transmit()) })
 }
 
 func (w *lane) Send(p []byte) error { return w.send(p, time.Now(), false) }
@@ -101,6 +107,20 @@ func (w *lane) send(p []byte, since time.Time, again bool) error {
 		w.blocked = true
 		return tunnel.ErrBlocked
 	}
+	if w.fullLocked(recordHeader + len(p)) {
+		w.freshLocked(time.Now())
+		switch {
+		case w.err != nil:
+			return w.err
+		case w.fullLocked(recordHeader + len(p)):
+			w.watchLocked()
+			if !w.full {
+				w.blocked, w.full = true, true
+				w.watch.Reset(sampled)
+			}
+			return tunnel.ErrBlocked
+		}
+	}
 	w.watchLocked()
 	if w.keeps && !again {
 		w.kept.push(p, since)
@@ -115,7 +135,7 @@ func (w *lane) send(p []byte, since time.Time, again bool) error {
 
 // transmit writes until the lane ends. It returns when TCP has taken nothing
 // for WriteTimeout: such a lane is of no use any more.
-func (w *lane) transmit(writable func()) error {
+func (w *lane) transmit() error {
 	out := make([]byte, 0, maxPending)
 	for {
 		select {
@@ -125,11 +145,12 @@ func (w *lane) transmit(writable func()) error {
 		}
 		w.mu.Lock()
 		w.pending, out = out[:0], w.pending
-		owed, last := w.blocked, w.kept.last
-		w.blocked = false
+		w.writing = len(out)
+		owed, last := w.blocked && !w.full, w.kept.last
+		w.blocked = w.full
 		w.mu.Unlock()
 		if owed {
-			writable() // there is room again, before and while TCP takes this
+			w.writable() // there is room again, before and while TCP takes this
 		}
 		w.link.gather.expect()
 		if _, err := w.link.Write(out); err != nil {
@@ -138,6 +159,7 @@ func (w *lane) transmit(writable func()) error {
 		total := w.link.gather.total()
 		w.mu.Lock()
 		w.kept.wrote(last, total)
+		w.written, w.writing = total, 0
 		w.mu.Unlock()
 		if cap(out) > 2*maxPending {
 			out = make([]byte, 0, maxPending)

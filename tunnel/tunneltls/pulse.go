@@ -29,6 +29,11 @@ type progress struct {
 	full   bool   // the congestion window takes no more
 	expiry bool   // the retransmission timer has run out
 	trip   time.Duration
+	least  time.Duration // the shortest trip of late
+	// segment is how long one is on average, in bytes; 0: not known.
+	segment int
+	// delivered is the segments that the peer has, those behind a hole included.
+	delivered uint32
 }
 
 // owes says whether something may be expected to arrive. Where this host has
@@ -73,9 +78,7 @@ func (p *pulse) stalled() bool {
 func (w *lane) Stalled() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if now := time.Now(); w.err == nil && now.Sub(w.pulse.at) >= sampled {
-		w.lookLocked(now)
-	}
+	w.freshLocked(time.Now())
 	return w.pulse.stalled()
 }
 
@@ -89,13 +92,52 @@ func (w *lane) Overdue(again func(p []byte, since time.Time) bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := time.Now()
-	if w.err == nil && now.Sub(w.pulse.at) >= sampled {
-		w.lookLocked(now)
-	}
+	w.freshLocked(now)
 	if w.err != nil || w.pulse.last.trip == 0 {
 		return false
 	}
 	return w.kept.overdue(now.Add(-w.pulse.last.trip-grace), now.Add(-w.maxAge), again)
+}
+
+// freshLocked looks unless it has a moment ago.
+func (w *lane) freshLocked(now time.Time) {
+	if w.err == nil && now.Sub(w.pulse.at) >= sampled {
+		w.lookLocked(now)
+	}
+}
+
+// flightLocked is how many bytes are on their way, those included that this end
+// still holds.
+func (w *lane) flightLocked() int {
+	given := w.written + uint64(w.writing+len(w.pending))
+	is := &w.pulse.last
+	return int(given - min(given, is.acked+uint64(is.sacked*is.segment)))
+}
+
+// Load returns how many bits a second have arrived of late of what the lane was
+// given, and how much longer than the shortest the last round trips took: what
+// queues on the path. False: it is not known.
+func (w *lane) Load() (rate float64, queue time.Duration, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.keeps {
+		return 0, 0, false
+	}
+	w.freshLocked(time.Now())
+	return 8 * w.window.rate(), w.window.queue(), w.window.least > 0
+}
+
+// fullRecord is a datagram of a usual packet, with its header, in bytes.
+const fullRecord = 1300
+
+// fullLocked reports whether the window has no room for n bytes. What is larger
+// than the window passes alone.
+func (w *lane) fullLocked(n int) bool {
+	if !w.keeps {
+		return false
+	}
+	flight := w.flightLocked()
+	return flight > 0 && flight+n > w.window.size()
 }
 
 // lookLocked asks the kernel, and ends the lane when it is dead. It returns
@@ -111,6 +153,7 @@ func (w *lane) lookLocked(now time.Time) bool {
 		return false
 	}
 	w.kept.acked(is.acked)
+	w.window.look(now, is, w.flightLocked())
 	return true
 }
 
@@ -130,10 +173,24 @@ func (w *lane) watchLocked() {
 }
 
 func (w *lane) watchOnce() {
+	if due := w.watchAgain(); due != nil {
+		due()
+	}
+}
+
+// watchAgain returns what is to be called, if anything.
+func (w *lane) watchAgain() (due func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err != nil || !w.lookLocked(time.Now()) {
-		return
+		return nil
+	}
+	if w.full {
+		if w.fullLocked(fullRecord) {
+			w.watch.Reset(sampled)
+			return nil
+		}
+		w.full, w.blocked, due = false, false, w.writable
 	}
 	// What the writer holds is neither pending nor in the kernel yet: so only
 	// a second look in a row that finds nothing ends the watch.
@@ -141,10 +198,11 @@ func (w *lane) watchOnce() {
 	if !w.fresh && is.flying == 0 && is.unsent == 0 && len(w.pending) == 0 {
 		w.watching = false
 		w.kept.free()
-		return
+		return due
 	}
 	w.fresh = false
 	w.watch.Reset(watched)
+	return due
 }
 
 // Lanes is how many lanes a session should have as far as this end is
