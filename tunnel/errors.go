@@ -22,10 +22,13 @@ const (
 	ConfigInvalid        Code = "config_invalid"
 	LimitExceeded        Code = "limit_exceeded"
 	NotPermitted         Code = "not_permitted"
-	PathLost             Code = "path_lost"     // the connection that the datagrams went by has ended
-	PathSilent           Code = "path_silent"   // nothing authentic came by a way for some time
-	PathStrained         Code = "path_strained" // a way carries less than the call sends
-	UDPReturned          Code = "udp_returned"  // UDP passes again
+	AddressChanged       Code = "address_changed"  // this machine has another address or route
+	CloudProxyGone       Code = "cloud_proxy_gone" // the cloud proxy has stopped or is about to, or was restarted
+	PathJoined           Code = "path_joined"      // a connection was made that was wanted
+	PathLost             Code = "path_lost"        // the connection that the datagrams went by has ended
+	PathSilent           Code = "path_silent"      // nothing authentic came by a way for some time
+	PathStrained         Code = "path_strained"    // a way carries less than the call sends
+	UDPReturned          Code = "udp_returned"     // UDP passes again
 	PolicyDenied         Code = "policy_denied"
 	PolicyInvalid        Code = "policy_invalid"
 	ProxyStopped         Code = "proxy_stopped"

@@ -66,6 +66,7 @@ type LinkState struct {
 	Session string         `json:"session,omitempty"`
 	Remote  netip.AddrPort `json:"remote,omitzero"` // the cloud proxy in use
 	Info    ProxyInfo      `json:"proxy_information,omitzero"`
+	Change  *Change        `json:"-"`                 // what has just happened; nil: only the state is told
 	Took    time.Duration  `json:"took_ns,omitempty"` // from the beginning of the attempt that succeeded to up
 }
 

@@ -11,13 +11,18 @@ type Window struct {
 	bits    [windowBits / 64]uint64 // bit n%windowBits: n has been seen
 	highest uint16
 	started bool
+	due     uint64 // numbers up to highest, the first included
 }
+
+// Due returns how many datagrams should have come by now, counted from the first
+// to the one with the highest number.
+func (w *Window) Due() uint64 { return w.due }
 
 // Fresh reports whether the number n is new, and remembers it. A number that
 // lies behind the window can not be told from a duplicate and is not fresh.
 func (w *Window) Fresh(n uint16) bool {
 	if !w.started {
-		w.started, w.highest = true, n
+		w.started, w.highest, w.due = true, n, 1
 		w.set(n)
 		return true
 	}
@@ -32,6 +37,7 @@ func (w *Window) Fresh(n uint16) bool {
 			}
 		}
 		w.highest = n
+		w.due += uint64(ahead)
 	case -ahead >= windowBits || w.has(n):
 		return false
 	}

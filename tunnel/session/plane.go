@@ -38,8 +38,9 @@ type plane struct {
 	pacer  *bulk.Pacer
 	proved func() // something about a way is new; the near end. May be nil
 
-	using atomic.Pointer[using]
-	moved atomic.Uint64 // datagrams, both ways
+	using  atomic.Pointer[using]
+	moved  atomic.Uint64 // datagrams, both ways
+	course course
 
 	reports reports
 	cutter  media.Cutter
@@ -446,7 +447,7 @@ func (p *plane) receive(y *way, record []byte) {
 	switch {
 	case l.ended.Load():
 		p.drops.Add(media.Unknown)
-	case !l.window.Fresh(h.Number):
+	case !p.course.fresh(&l.window, h.Number, p.origin):
 		p.drops.Add(media.Duplicate)
 	default:
 		l.deliver(payload, at)

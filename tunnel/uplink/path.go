@@ -47,6 +47,7 @@ type path struct {
 	later   time.Time      // not to be joined before
 	leave   error          // why the carrier has to go; nil: it may stay
 	drops   int            // how often it had to go
+	told    bool           // that it was lost
 }
 
 // want says whether the path is to be joined, and whether a call waits for it.
@@ -137,12 +138,28 @@ func (p *path) keep(ctx context.Context, granted *granted) {
 			}
 		}
 		err := p.serve(ctx, granted)
+		if err != nil && ctx.Err() == nil {
+			p.narrate("", tunnel.CodeOf(err), tunnel.Sentence(err))
+		}
 		granted = nil
 		p.mu.Lock()
 		p.granted, p.since, p.failed = false, time.Now(), err
 		p.mu.Unlock()
 		p.run.tell()
 	}
+}
+
+// narrate tells that the connection was lost, or is there again after that.
+func (p *path) narrate(to string, cause tunnel.Code, why string) {
+	c := tunnel.Change{At: time.Now(), What: tunnel.ChangedCarrier, To: to, Cause: cause, Why: why}
+	if to == "" {
+		c.From = p.kind
+	}
+	p.mu.Lock()
+	p.told = to == ""
+	p.mu.Unlock()
+	p.run.narrator.hear(c)
+	p.run.tell()
 }
 
 // rest waits until there is something to do, for rest at most; 0: for ever.
@@ -232,8 +249,12 @@ func (p *path) serve(ctx context.Context, g *granted) error {
 		return err
 	}
 	p.mu.Lock()
+	again := p.told
 	p.carrier, p.since, p.leave, p.failed = c, time.Now(), nil, nil
 	p.mu.Unlock()
+	if again {
+		p.narrate(p.kind, tunnel.PathJoined, "")
+	}
 	p.run.tell()
 	p.pokeLanes()
 

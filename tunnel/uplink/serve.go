@@ -45,7 +45,11 @@ type run struct {
 	over    chan error    // capacity 1: the session has ended
 
 	choose   chooser
+	narrator narrator
 	state    tunnel.LinkState
+	reported tunnel.LinkState // what was reported last
+	report   func(tunnel.LinkState)
+	served   bool      // datagrams have had a way
 	busyTill time.Time // TLS stays joined until then
 	lost     time.Time // since when no path serves the session; zero: one does
 }
@@ -95,6 +99,11 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 	if r.address == "" {
 		r.address = g.address
 	}
+	r.narrator.course = r.at.Course
+	r.report = func(s tunnel.LinkState) {
+		r.reported = s
+		report(s)
+	}
 	r.state = tunnel.LinkState{
 		Carrier: g.cand.Kind(), Streams: g.cand.Kind(), Why: g.why, Session: g.welcome.Session, Remote: g.cand.RemoteAddr(),
 		Info: tunnel.ProxyInfo{Proxies: g.welcome.Proxies}, Took: took,
@@ -129,7 +138,8 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		}
 		r.end(err)
 	})
-	err = r.loop(ctx, report)
+	err = r.loop(ctx)
+	r.tellChanges(r.narrator.finish(time.Now()))
 	if lost = r.lost; lost.IsZero() {
 		lost = time.Now()
 	}
@@ -138,7 +148,9 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		why = errStopped
 		r.leave()
 	} else {
-		report(connecting(err)) // before closing, which may take a second
+		s := connecting(err) // before closing, which may take a second
+		s.Change = &tunnel.Change{At: time.Now(), What: tunnel.ChangedSession, From: g.welcome.Session, Cause: tunnel.CodeOf(err), Why: tunnel.Sentence(err)}
+		report(s)
 	}
 	r.at.End(why)
 	cancel(why)
@@ -161,7 +173,7 @@ func (r *run) leave() {
 var errStopped = errors.New("the sidecar has stopped")
 
 // loop looks and decides until the session or ctx ends.
-func (r *run) loop(ctx context.Context, report func(tunnel.LinkState)) error {
+func (r *run) loop(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	going := r.at.Going()
@@ -180,7 +192,7 @@ func (r *run) loop(ctx context.Context, report func(tunnel.LinkState)) error {
 		case <-timer.C:
 		}
 		now := time.Now()
-		next := r.step(now, report)
+		next := r.step(now)
 		switch lost := r.alone(); {
 		case lost == nil:
 			r.lost = time.Time{}
@@ -218,15 +230,14 @@ func (r *run) mute() error {
 }
 
 // step has the chooser look, does what it orders, and returns when to look again.
-func (r *run) step(now time.Time, report func(tunnel.LinkState)) time.Duration {
+func (r *run) step(now time.Time) time.Duration {
 	v := view{now: now, live: r.u.Busy(), flowing: r.at.Reporting()}
 	for w := range v.ways {
 		v.ways[w] = r.at.Way(wire.Way(w))
 	}
-	was := r.choose.way
-	firstBefore, alsoBefore := r.choose.way, r.choose.also
+	was, alsoBefore := r.choose.way, r.choose.also
 	o := r.choose.step(v)
-	if o.first != firstBefore || o.also != alsoBefore {
+	if o.first != was || o.also != alsoBefore {
 		r.at.Use(o.first, o.also)
 	}
 	for w := range v.ways {
@@ -239,13 +250,56 @@ func (r *run) step(now time.Time, report func(tunnel.LinkState)) time.Duration {
 	}
 	r.needs(now, v)
 	state := r.describe(o)
-	if o.why != "" && o.first != wire.NoWay {
-		r.u.log.Info("datagrams", "way", o.first, "why", o.why, "cause", o.cause, "before", was)
-	}
 	if state != nil {
-		report(*state)
+		r.report(*state)
+	}
+	told, more := r.narrator.step(now, r.changed(now, was, o), !r.choose.doubt.IsZero(), v.flowing)
+	r.tellChanges(told)
+	if more > 0 {
+		return min(o.next, more)
 	}
 	return o.next
+}
+
+// changed returns the change of the way that was just made; nil: there was none,
+// or it belongs to the beginning.
+func (r *run) changed(now time.Time, was wire.Way, o orders) *tunnel.Change {
+	if o.first == was {
+		return nil
+	}
+	c := &tunnel.Change{At: now, What: tunnel.ChangedDatagrams, Cause: o.cause, Why: o.why}
+	if was != wire.NoWay {
+		c.From = was.String()
+	}
+	switch {
+	case o.first == wire.NoWay:
+		c.Cause, c.Why = tunnel.PathLost, "there is no connection to the cloud proxy at the moment"
+		if lost := r.mute(); lost != nil {
+			c.Why = tunnel.Sentence(wrapLost(lost))
+		}
+	case was == wire.NoWay && r.served:
+		c.To, c.Cause = o.first.String(), tunnel.PathJoined
+	default:
+		c.To = o.first.String()
+	}
+	r.served = r.served || o.first != wire.NoWay
+	if c.Cause == "" {
+		return nil
+	}
+	return c
+}
+
+// tellChanges reports changes beside the state that was reported last.
+func (r *run) tellChanges(all []tunnel.Change) {
+	for _, c := range all {
+		s := r.reported
+		if s.Phase == "" {
+			s = r.state
+		}
+		s.Change = &c
+		r.report(s)
+	}
+	r.reported.Change = nil
 }
 
 // needs says which paths are to be joined, and how many lanes.

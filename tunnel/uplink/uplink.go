@@ -103,20 +103,23 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 	}()
 	var said tunnel.LinkState
 	say := func(state tunnel.LinkState) {
-		if state.Phase == tunnel.LinkUp || state.Phase != said.Phase || state.Code != said.Code || state.Why != said.Why {
+		if state.Change != nil || state.Phase == tunnel.LinkUp || state.Phase != said.Phase || state.Code != said.Code || state.Why != said.Why {
 			said = state
 			report(state)
 		}
 	}
 	say(tunnel.LinkState{Phase: tunnel.LinkConnecting, Why: "started"})
 	var lost time.Time // when the last session ended
-	everUp, wait := false, firstBackoff
+	everUp, address, wait := false, "", firstBackoff
 	for {
 		var g *granted
 		trying := time.Now()
 		if g, err = u.connect(ctx, mode); err == nil {
-			everUp = true
 			up := time.Now()
+			if everUp {
+				u.reopened(g, address, lost, say)
+			}
+			everUp, address = true, g.address
 			lost, err = u.serve(ctx, g, mode, up.Sub(trying), say)
 			if lost.Sub(up) > maxBackoff { // else it may come and go as fast as it can
 				wait = firstBackoff
@@ -142,6 +145,24 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 			err = nil
 			return nil
 		}
+	}
+}
+
+// reopened tells that another session follows one that ended at lost.
+func (u *Uplink) reopened(g *granted, before string, lost time.Time, say func(tunnel.LinkState)) {
+	gap := time.Since(lost)
+	c := tunnel.Change{
+		At: time.Now(), What: tunnel.ChangedSession, To: g.welcome.Session, Cause: tunnel.SessionExpired, Gap: gap,
+		Why: fmt.Sprintf("another session was opened; %d associations go on with new ports, streams were reset", u.Stats().Associations),
+	}
+	all := []tunnel.Change{c}
+	if g.address != before {
+		c.What, c.From, c.To, c.Cause, c.Gap = tunnel.ChangedCloudProxy, before, g.address, tunnel.CloudProxyGone, 0
+		c.Why = "the one before did not answer any more, or sent us on"
+		all = append(all, c)
+	}
+	for _, c := range all {
+		say(tunnel.LinkState{Phase: tunnel.LinkConnecting, Change: &c})
 	}
 }
 

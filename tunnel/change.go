@@ -1,0 +1,61 @@
+package tunnel
+
+import (
+	"fmt"
+	"time"
+)
+
+// A Change is something that happened to a link while it ran: datagrams went
+// another way, a connection was lost, another session was opened.
+type Change struct {
+	At    time.Time `json:"at"`
+	What  string    `json:"what"` // one of the Changed words
+	From  string    `json:"from,omitempty"`
+	To    string    `json:"to,omitempty"`
+	Cause Code      `json:"cause"`         // one word
+	Why   string    `json:"why,omitempty"` // a sentence
+	// Gap is the longest time without a datagram around the change, as far as a
+	// call was there; 0: there was none, or nothing came later than usual.
+	Gap time.Duration `json:"gap_ns,omitempty"`
+	// Lost is how many datagrams on their way to the apps did not come around the
+	// change. Those on their way from the apps are not in it.
+	Lost uint64 `json:"lost,omitempty"`
+}
+
+// What changes.
+const (
+	ChangedDatagrams  = "datagrams"   // how datagrams go: from one way to another
+	ChangedCarrier    = "carrier"     // a connection was lost, or is there again
+	ChangedSession    = "session"     // a session ended, or another one was opened
+	ChangedCloudProxy = "cloud_proxy" // another cloud proxy serves
+	ChangedAddress    = "address"     // this machine's addresses or routes changed
+)
+
+// String returns the change as one line without its time.
+func (c Change) String() string {
+	s := c.What
+	switch {
+	case c.From != "" && c.To != "":
+		s += " " + c.From + " -> " + c.To
+	case c.To != "":
+		s += " " + c.To + " is there"
+	case c.From != "":
+		s += " " + c.From + " is gone"
+	}
+	s += ": " + string(c.Cause)
+	if c.Why != "" {
+		s += ", " + c.Why
+	}
+	if cost := c.Cost(); cost != "" {
+		s += "; " + cost
+	}
+	return s
+}
+
+// Cost says what the change has cost; "": nothing that is known.
+func (c Change) Cost() string {
+	if c.Gap == 0 && c.Lost == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%v without a datagram, %d lost on their way to the apps", c.Gap.Round(time.Millisecond), c.Lost)
+}
