@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,6 +23,8 @@ const (
 	// switchPoll is how soon a waiting stop notices that a channel has ended by
 	// silence alone, of which nobody tells.
 	switchPoll = 250 * time.Millisecond
+	// switchChanges is how many changes of the link are remembered.
+	switchChanges = 32
 	// switchBacklog is how many events wait for one slow subscriber.
 	switchBacklog = 64
 )
@@ -96,9 +99,10 @@ type Switch struct {
 	mode    tunnel.Mode
 	cause   error // why Failed; the last failure while Starting or reconnecting
 	link    tunnel.LinkState
-	run     *switchRun // from Starting to Stopping
-	checks  int        // operations that are looking at the channels: requests wait
-	drains  int        // stops that wait for channels to end: requests are refused
+	changes []tunnel.Change // of the link, the last switchChanges
+	run     *switchRun      // from Starting to Stopping
+	checks  int             // operations that are looking at the channels: requests wait
+	drains  int             // stops that wait for channels to end: requests are refused
 	opens   map[*switchOpen]struct{}
 	changed chan struct{} // closed and replaced at every change
 	subs    map[chan Event]struct{}
@@ -140,14 +144,15 @@ type StopOptions struct {
 
 // Event is one change of the switch, the link or a channel.
 type Event struct {
-	At    time.Time         `json:"at"`
-	Kind  string            `json:"kind"`           // "switch", "link" or "channel"
-	Name  string            `json:"name,omitempty"` // the channel's
-	From  string            `json:"from,omitempty"`
-	To    string            `json:"to,omitempty"`
-	Code  tunnel.Code       `json:"code,omitempty"`
-	Cause string            `json:"cause,omitempty"` // one sentence
-	Link  *tunnel.LinkState `json:"link,omitempty"`
+	At     time.Time         `json:"at"`
+	Kind   string            `json:"kind"`           // "switch", "link", "channel" or "change"
+	Name   string            `json:"name,omitempty"` // the channel's, or what changed
+	From   string            `json:"from,omitempty"`
+	To     string            `json:"to,omitempty"`
+	Code   tunnel.Code       `json:"code,omitempty"`
+	Cause  string            `json:"cause,omitempty"` // one sentence
+	Link   *tunnel.LinkState `json:"link,omitempty"`
+	Change *tunnel.Change    `json:"change,omitempty"`
 }
 
 // SwitchStatus describes the switch at one moment.
@@ -159,9 +164,10 @@ type SwitchStatus struct {
 	Cause        string      // why Failed, or the last failure while connecting
 	Draining     bool        // a stop waits for channels to end
 	Link         tunnel.LinkState
-	Streams      int    // open through the switch, or being opened
-	Associations int    // open through the switch, or held
-	HeldDrops    uint64 // datagrams that came before there was a tunnel
+	Changes      []tunnel.Change // of the link, the last ones, oldest first
+	Streams      int             // open through the switch, or being opened
+	Associations int             // open through the switch, or held
+	HeldDrops    uint64          // datagrams that came before there was a tunnel
 }
 
 // ChannelActiveError refuses a start or stop. Its code is ChannelActive.
@@ -307,6 +313,9 @@ func switchLogged(e Event, was tunnel.LinkState) []any {
 	}
 	add("code", string(e.Code))
 	add("cause", e.Cause)
+	if e.Change != nil {
+		add("cost", e.Change.Cost())
+	}
 	return attrs
 }
 
@@ -495,6 +504,18 @@ func (s *Switch) runLink(ctx context.Context, r *switchRun, mode tunnel.Mode) {
 // linkState takes a report of the link, on the link's goroutine.
 func (s *Switch) linkState(r *switchRun, l tunnel.LinkState) {
 	s.mu.Lock()
+	if l.Change != nil { // beside the state, which stays as it is
+		c := *l.Change
+		if len(s.changes) == switchChanges {
+			s.changes = s.changes[1:]
+		}
+		s.changes = append(s.changes, c)
+		s.emitLocked(Event{Kind: "change", Name: c.What, From: c.From, To: c.To, Code: c.Cause, Cause: c.Why, Change: &c})
+		if l.Change = nil; l.Why == "" && l.Session == "" {
+			s.mu.Unlock()
+			return
+		}
+	}
 	was := s.link
 	s.link = l
 	s.emitLocked(Event{Kind: "link", From: string(was.Phase), To: string(l.Phase), Code: l.Code, Cause: l.Why, Link: &l})
@@ -612,7 +633,7 @@ func (s *Switch) Status() SwitchStatus {
 	defer s.mu.Unlock()
 	st := SwitchStatus{
 		State: s.state, Since: s.since, Mode: s.mode, Draining: s.drains > 0,
-		Link: s.link, HeldDrops: s.heldDrops.Load(),
+		Link: s.link, Changes: slices.Clone(s.changes), HeldDrops: s.heldDrops.Load(),
 	}
 	if s.cause != nil {
 		st.Code, st.Cause = tunnel.CodeOf(s.cause), tunnel.Sentence(s.cause)

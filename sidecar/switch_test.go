@@ -526,6 +526,42 @@ func TestSwitchTellsSubscribersWithoutWaitingForThem(t *testing.T) {
 	})
 }
 
+func TestSwitchTellsAndRemembersWhatChangedOfTheLink(t *testing.T) {
+	switchTest(t, nil, func(t *testing.T, b *switchBench) {
+		b.running()
+		events, cancel := b.Subscribe()
+		defer cancel()
+		<-events
+		change := func(c tunnel.Change) {
+			b.link.do <- func(report func(tunnel.LinkState)) error {
+				report(tunnel.LinkState{Phase: tunnel.LinkConnecting, Change: &c})
+				return errSwitchGoOn
+			}
+		}
+		first := tunnel.Change{What: tunnel.ChangedDatagrams, From: "sealed", To: "lanes", Cause: tunnel.UDPBlocked, Why: "nothing came", Gap: 870 * time.Millisecond, Lost: 43}
+		change(first)
+		synctest.Wait()
+		e := <-events
+		if e.Kind != "change" || e.Name != first.What || e.Code != first.Cause || e.Change == nil || *e.Change != first {
+			t.Errorf("told: %+v", e)
+		}
+		want := []any{"name", "datagrams", "from", "sealed", "to", "lanes", "code", "udp_blocked", "cause", "nothing came", "cost", "870ms without a datagram, 43 lost on their way to the apps"}
+		if got := switchLogged(e, tunnel.LinkState{}); !slices.Equal(got, want) {
+			t.Errorf("the log has %v, want %v", got, want)
+		}
+		if st := b.Status(); st.Link.Phase != tunnel.LinkUp || len(st.Changes) != 1 {
+			t.Errorf("a change that is told alone changes the state: %+v", st)
+		}
+		for range 2 * switchChanges {
+			change(tunnel.Change{What: tunnel.ChangedCarrier})
+		}
+		synctest.Wait()
+		if st := b.Status(); len(st.Changes) != switchChanges || st.Changes[0].What != tunnel.ChangedCarrier {
+			t.Errorf("%d changes are remembered, want the last %d", len(st.Changes), switchChanges)
+		}
+	})
+}
+
 func TestSwitchClosesAfterTheLastDelivery(t *testing.T) {
 	switchTest(t, nil, func(t *testing.T, b *switchBench) {
 		b.running()

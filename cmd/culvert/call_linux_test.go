@@ -23,6 +23,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"culvert/cmd/internal/netpair"
+	"culvert/tunnel"
 )
 
 // callSocket is a SOCKS5 association as a socket for ICE.
@@ -469,6 +470,16 @@ func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 				t.Errorf("%s: a gap of %v at %s, want at most %v", s.name, max(audio, video), p.name, bound)
 			}
 		}
+	}
+	told := map[tunnel.Code]int{}
+	for _, c := range o.status().Changes {
+		t.Logf("told: %s  %v", c.At.Format("15:04:05.000"), c)
+		if c.What == tunnel.ChangedDatagrams {
+			told[c.Cause]++
+		}
+	}
+	if told[tunnel.UDPBlocked] < 2 || told[tunnel.UDPReturned] < 2 {
+		t.Errorf("of the changes there are told %v, want UDP blocked and back twice each", told)
 	}
 	for i, p := range parties {
 		if now := p.pair(t); now != before[i] {

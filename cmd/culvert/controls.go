@@ -172,6 +172,10 @@ func controlEvents(c *cli.Context, cl *control.Client) error {
 		if why != "" {
 			why = ": " + why
 		}
+		if e.Change != nil {
+			_, err := fmt.Fprintf(c.App.Writer, "%s  %s\n", e.Change.At.Local().Format("15:04:05.000"), e.Change)
+			return err
+		}
 		_, err := fmt.Fprintf(c.App.Writer, "%s  %s %s%s\n", e.At.Local().Format("15:04:05.000"), what, change, why)
 		return err
 	})
@@ -282,6 +286,9 @@ func controlCounts(m map[string]uint64) string {
 	return strings.Join(counts, ", ")
 }
 
+// statusChanges is how many changes of the link a screen shows.
+const statusChanges = 6
+
 // controlPrintStatus prints one screen.
 func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
@@ -319,6 +326,13 @@ func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 			more += ", until " + p.Expires.Local().Format(time.DateTime)
 		}
 		row(name, "%s%s", p.Address, more)
+	}
+	for i, c := range st.Changes[max(0, len(st.Changes)-statusChanges):] {
+		name := ""
+		if i == 0 {
+			name = "last changes"
+		}
+		row(name, "%s  %s", c.At.Local().Format("15:04:05.000"), c)
 	}
 	row("open now", "%d associations, %d streams", st.Associations, st.Streams)
 	row("datagrams", "%d up (%d bytes), %d down (%d bytes)", st.Tunnel.DatagramsUp, st.Tunnel.DatagramBytesUp, st.Tunnel.DatagramsDown, st.Tunnel.DatagramBytesDn)

@@ -27,7 +27,8 @@ func (f controlsFake) Status() control.Status {
 		State: "running", Mode: tunnel.ModeAuto, Since: time.Now(), Associations: 3,
 		Link:     tunnel.LinkState{Phase: tunnel.LinkUp, Carrier: "quic", Way: "quic-datagram", Why: "QUIC answered first", Info: tunnel.ProxyInfo{Proxies: []tunnel.ProxyAddr{{Address: "proxy.example:443", Region: "eu"}}}},
 		Channels: []control.Channel{controlsCall}, Dropped: map[string]uint64{"too_old": 4, "none": 0},
-		Losers: []control.Loser{{From: netip.MustParseAddrPort("127.0.0.1:4711"), User: "ward", Dropped: map[string]uint64{"queue_age": 3}}},
+		Changes: []tunnel.Change{{What: tunnel.ChangedDatagrams, From: "sealed", To: "lanes", Cause: tunnel.UDPBlocked, Why: "nothing came", Gap: 655 * time.Millisecond, Lost: 31}},
+		Losers:  []control.Loser{{From: netip.MustParseAddrPort("127.0.0.1:4711"), User: "ward", Dropped: map[string]uint64{"queue_age": 3}}},
 	}
 }
 func (f controlsFake) Start(context.Context, tunnel.Mode) (bool, error) { return f.already, nil }
@@ -41,7 +42,8 @@ func (f controlsFake) Channels() []control.Channel { return []control.Channel{co
 func (f controlsFake) Join(string, int) error      { return nil }
 func (f controlsFake) Leave(string) bool           { return false }
 func (f controlsFake) Events(context.Context) <-chan control.Event {
-	c := make(chan control.Event)
+	c := make(chan control.Event, 1)
+	c <- control.Event{Kind: "change", Change: &tunnel.Change{What: tunnel.ChangedCarrier, From: "quic", Cause: tunnel.CloudUnreachable}}
 	close(c)
 	return c
 }
@@ -94,6 +96,9 @@ func TestControlCommands(t *testing.T) {
 		{"status", 0, "of the association of 127.0.0.1:4711, user ward: queue_age 3\n", ""},
 		{"status", 0, "proxy.example:443, region eu", ""},
 		{"status", 0, "3 associations", ""},
+		{"status", 0, "datagrams sealed -> lanes: udp_blocked, nothing came; 655ms without a datagram, 31 lost on their way to the apps\n", ""},
+		{"status --json", 0, `"cause": "udp_blocked"`, ""},
+		{"events", 0, "carrier quic is gone: cloud_unreachable\n", ""},
 		{"status --json", 0, `"carrier": "quic"`, ""},
 		{"channel list", 0, "20 RTP packets in 3 s", ""},
 		{"channel list --json", 0, `"name": "zoom/7"`, ""},

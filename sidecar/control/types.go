@@ -24,6 +24,7 @@ type Status struct {
 	Cause        string            `json:"cause,omitempty"`    // why it failed, or why there is no connection
 	Listen       string            `json:"listen,omitempty"`   // where apps find the proxy
 	Link         tunnel.LinkState  `json:"link"`
+	Changes      []tunnel.Change   `json:"changes,omitempty"` // of the link, the last ones, oldest first
 	Tunnel       tunnel.LinkStats  `json:"tunnel"`
 	Front        any               `json:"front,omitempty"` // the front's counters
 	Streams      int               `json:"streams"`
@@ -60,14 +61,15 @@ type Channel struct {
 
 // Event is one change.
 type Event struct {
-	At    time.Time         `json:"at"`
-	Kind  string            `json:"kind"`           // "switch", "link" or "channel"
-	Name  string            `json:"name,omitempty"` // the channel's
-	From  string            `json:"from,omitempty"`
-	To    string            `json:"to,omitempty"`
-	Code  tunnel.Code       `json:"code,omitempty"`
-	Cause string            `json:"cause,omitempty"`
-	Link  *tunnel.LinkState `json:"link,omitempty"`
+	At     time.Time         `json:"at"`
+	Kind   string            `json:"kind"`           // "switch", "link", "channel" or "change"
+	Name   string            `json:"name,omitempty"` // the channel's, or what changed
+	From   string            `json:"from,omitempty"`
+	To     string            `json:"to,omitempty"`
+	Code   tunnel.Code       `json:"code,omitempty"`
+	Cause  string            `json:"cause,omitempty"`
+	Link   *tunnel.LinkState `json:"link,omitempty"`
+	Change *tunnel.Change    `json:"change,omitempty"` // with its time and what it has cost
 }
 
 // Done is the answer to a request that changes something.

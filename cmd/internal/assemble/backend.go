@@ -31,7 +31,7 @@ func (b *Backend) Status() control.Status {
 	st := control.Status{
 		Version: b.Version, Uptime: time.Since(b.Began), Ready: b.Ready.Load(),
 		State: string(sw.State), Since: sw.Since, Mode: sw.Mode, Draining: sw.Draining, Code: sw.Code, Cause: sw.Cause,
-		Listen: s.Front.Addr().String(), Link: sw.Link, Tunnel: link, Front: front,
+		Listen: s.Front.Addr().String(), Link: sw.Link, Changes: sw.Changes, Tunnel: link, Front: front,
 		Streams: sw.Streams, Associations: sw.Associations, Channels: b.Channels(), Dropped: map[string]uint64{},
 	}
 	fronts := maps.Clone(front.Dropped)
