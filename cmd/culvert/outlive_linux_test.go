@@ -97,6 +97,32 @@ func TestACallOutlivesItsPath(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
+	t.Run("start", func(t *testing.T) {
+		for name, test := range map[string]struct {
+			noUDP bool
+			bound time.Duration
+		}{
+			"UDP passes":           {false, 500 * time.Millisecond},
+			"UDP silently dropped": {true, 700 * time.Millisecond},
+		} {
+			t.Run(name, func(t *testing.T) {
+				o := newOutlive(t, bin)
+				if err := exec.Command(o.culvert, "stop", "--control", o.socket).Run(); err != nil {
+					t.Fatalf("stop: %v", err)
+				}
+				o.link.Change(func(s *link.Settings) { s.NoUDP = test.noUDP })
+				began := time.Now()
+				if err := exec.Command(o.culvert, "start", "--control", o.socket).Run(); err != nil {
+					t.Fatalf("start: %v", err)
+				}
+				now := time.Now()
+				o.within("start returns after", now.Sub(began), test.bound, began, now)
+				if st := runStatus(t, o.socket); st.State != "running" || st.Link.Way == "" {
+					t.Errorf("the sidecar is %s, the link %+v", st.State, st.Link)
+				}
+			})
+		}
+	})
 	t.Run("UDP off, and on again", func(t *testing.T) {
 		o := newOutlive(t, bin)
 		o.talk()
@@ -136,4 +162,90 @@ func TestACallOutlivesItsPath(t *testing.T) {
 			o.onePort()
 		})
 	}
+	t.Run("UDP throttled", func(t *testing.T) {
+		o := newOutlive(t, bin)
+		o.talk(netcall.Sound(50, 160), netcall.Picture(117, 1000)) // 1 Mbit/s
+		o.goesBy("sealed")
+		settle()
+		began := time.Now()
+		o.link.Change(func(s *link.Settings) { s.UDPRate, s.Queue = 200_000, 200*time.Millisecond })
+		took := o.goesBy("lanes")
+		moved := time.Now()
+		o.within("datagrams go by TCP after", took, 5*time.Second, began, moved)
+		first, sent := o.call.Sent(1), time.Now()
+		for time.Since(moved) < 20*time.Second {
+			if st := runStatus(t, o.socket).Link; st.Way != "lanes" {
+				t.Errorf("while UDP is throttled, datagrams go by %s after %v: %s", st.Way, time.Since(moved), st.WayWhy)
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		last := o.call.Sent(1)
+		now := time.Now()
+		time.Sleep(500 * time.Millisecond)
+		if lost := o.call.Lost(1, first, last); lost > int(last-first)/100 {
+			t.Errorf("%d of %d packets were lost while datagrams went by TCP", lost, last-first)
+		}
+		o.within("the gap on TCP", o.call.Gap(sent, now), 300*time.Millisecond, sent, now)
+		o.onePort()
+	})
+	t.Run("only long packets vanish", func(t *testing.T) {
+		o := newOutlive(t, bin)
+		o.talk(netcall.Sound(100, 160), netcall.Picture(100, 1100))
+		o.goesBy("sealed")
+		settle()
+		cut := time.Now()
+		o.link.Change(func(s *link.Settings) { s.MaxUDP = 1000 })
+		time.Sleep(6 * time.Second)
+		now := time.Now()
+		o.within("the gap of long packets", o.call.GapOf(1, cut, now), 2*time.Second, cut, now)
+		o.within("the gap of short packets", o.call.GapOf(0, cut, now), 500*time.Millisecond, cut, now)
+		if way := runStatus(t, o.socket).Link.Way; way != "sealed" {
+			t.Errorf("datagrams go by %s, want sealed: short packets pass", way)
+		}
+		o.onePort()
+	})
+	for name, rest := range map[string]time.Duration{"at once": 3 * time.Second, "long after": 15 * time.Second} { // QUIC's connection has ended by then
+		t.Run("TCP blocked while on lanes, "+name, func(t *testing.T) {
+			o := newOutlive(t, bin)
+			o.talk()
+			o.goesBy("sealed")
+			o.link.Change(func(s *link.Settings) { s.NoUDP = true })
+			o.goesBy("lanes")
+			time.Sleep(rest)
+			settle()
+			cut := time.Now()
+			o.link.Change(func(s *link.Settings) { s.NoUDP, s.NoTCP = false, true })
+			time.Sleep(5 * time.Second)
+			now := time.Now()
+			o.within("the gap", o.call.Gap(cut, now), 1500*time.Millisecond, cut, now)
+			o.onePort()
+		})
+	}
+	t.Run("a source port rebound every second", func(t *testing.T) {
+		o := newOutlive(t, bin)
+		o.talk()
+		o.goesBy("sealed")
+		settle()
+		before := o.link.Counts()
+		began := time.Now()
+		var worst time.Duration
+		for range 10 {
+			at := time.Now()
+			o.link.Rebind()
+			time.Sleep(time.Second)
+			worst = max(worst, o.call.Gap(at, time.Now()))
+		}
+		now := time.Now()
+		after := o.link.Counts()
+		o.within("the longest gap", worst, 100*time.Millisecond, began, now)
+		if after.QUICLong != before.QUICLong || after.SYN != before.SYN {
+			t.Errorf("%d packets of QUIC handshakes and %d of TCP's, want none", after.QUICLong-before.QUICLong, after.SYN-before.SYN)
+		}
+		if way := runStatus(t, o.socket).Link.Way; way != "sealed" {
+			t.Errorf("datagrams go by %s", way)
+		}
+		o.onePort()
+	})
+	t.Run("TCP streams across five switches", func(t *testing.T) { outliveSwitches(t, bin) })
 }
