@@ -42,9 +42,12 @@ type only443 struct {
 	socket   string
 }
 
-func newOnly443(t *testing.T, bin string) *only443 {
+func newOnly443(t *testing.T, bin string) *only443 { return newOnly443On(t, bin, netpair.New(t)) }
+
+// newOnly443On is newOnly443 on a pair that is there already.
+func newOnly443On(t *testing.T, bin string, pair *netpair.Pair) *only443 {
 	t.Helper()
-	o := &only443{t: t, pair: netpair.New(t), dir: t.TempDir(), culvert: filepath.Join(bin, "culvert"), socket: runSocket(t)}
+	o := &only443{t: t, pair: pair, dir: t.TempDir(), culvert: filepath.Join(bin, "culvert"), socket: runSocket(t)}
 	cloud := filepath.Join(bin, "culvert-cloudproxy")
 	if out, err := exec.Command(cloud, "init", "--host", netpair.FarAddr.String(), "--dir", o.dir, "--allow", "127.0.0.0/8").CombinedOutput(); err != nil {
 		t.Fatalf("init: %v\n%s", err, out)

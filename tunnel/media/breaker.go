@@ -68,6 +68,7 @@ type Breaker struct {
 	sent     [mostStale]sending
 	next     int     // in sent, a ring
 	received float64 // in the last report
+	loss     float64 // as of the last report
 
 	harm    float64       // loss x seconds in this run of bad reports
 	run     int           // bad reports in a row
@@ -114,6 +115,7 @@ func (b *Breaker) Report(now time.Time, s Seen) (bad bool, shape float64) {
 	s.Lost = min(max(0, s.Lost), 1)
 	s.Received, s.Sent = max(0, s.Received), max(0, s.Sent)
 	queued := s.Delay >= delayRisen
+	b.loss = b.lost(now, s)
 	switch {
 	case s.Yields:
 		b.rate = 0
@@ -123,7 +125,7 @@ func (b *Breaker) Report(now time.Time, s Seen) (bad bool, shape float64) {
 	default:
 		b.steer(now, s, dt)
 	}
-	if s.Lost > lossBad && !(s.Yields && queued) {
+	if b.loss > lossBad && !(s.Yields && queued) {
 		b.lossy += dt
 	} else {
 		b.lossy = 0
@@ -149,6 +151,10 @@ func (b *Breaker) Silence(now time.Time) {
 	b.good = 0
 }
 
+// Lost is the loss as of the last report: what that says, or what the rates say
+// where it is more, 0 to 1.
+func (b *Breaker) Lost() float64 { return b.loss }
+
 // lost is the loss, or what the rates say of it where that is more: the count
 // of losses comes with reports, which are lost as well. The least that was
 // sent of late is compared: media that has just begun is not lost.
@@ -167,7 +173,7 @@ func (b *Breaker) lost(now time.Time, s Seen) float64 {
 
 // watch looks for congestion while free.
 func (b *Breaker) watch(now time.Time, s Seen, dt time.Duration) {
-	lost := b.lost(now, s)
+	lost := b.loss
 	if lost <= lossBad || s.Delay < delayRisen || s.Received > 1.1*b.received {
 		b.calm()
 		return

@@ -300,6 +300,7 @@ func TestWhatTripsABreaker(t *testing.T) {
 		"40 % with a queue, once":      {1, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond, false}, true, false},
 		"40 % with a queue, twice":     {2, Seen{2e6, 1.2e6, 0.4, 60 * time.Millisecond, false}, true, true},
 		"losses that are not known":    {3, Seen{2e6, 0.5e6, 0, 60 * time.Millisecond, false}, true, true},
+		"the same, without a queue":    {40, Seen{2e6, 0.5e6, 0, 0, false}, true, false},
 		"9 % with a queue":             {40, Seen{2e6, 1.82e6, 0.09, 60 * time.Millisecond, false}, false, false},
 		"40 % without a queue":         {40, Seen{2e6, 1.2e6, 0.4, 0, false}, true, false},
 		"a queue without loss":         {40, Seen{2e6, 2e6, 0, 300 * time.Millisecond, false}, false, false},

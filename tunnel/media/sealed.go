@@ -326,6 +326,21 @@ func (s *Sealed) Tick(now time.Time) {
 	}
 }
 
+// Doubt says that packets are being lost on the way to the peer: whether it is
+// for their length is then found out at once, with this and the next Ticks.
+func (s *Sealed) Doubt(now time.Time) {
+	if s.closed.Load() {
+		return
+	}
+	s.mu.Lock()
+	s.mtu.doubt(now)
+	probes := s.mtu.tick(now, int(s.largest.Load()))
+	s.size.Store(int64(s.mtu.size))
+	to := s.route.Load().to
+	s.mu.Unlock()
+	s.probe(probes, to)
+}
+
 // tellSoonLocked makes the next Tick tell the reset tokens, and begin with the
 // shortest gap again. Nobody acknowledges them.
 func (s *Sealed) tellSoonLocked() { s.tellAt, s.tellGap = time.Time{}, tellFirst }

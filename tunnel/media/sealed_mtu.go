@@ -18,6 +18,7 @@ const (
 	mtuTimeout = 200 * time.Millisecond // of the first try while no round trip is known
 	mtuConfirm = 5 * time.Second        // between two confirmations of the size in use
 	mtuRaise   = 10 * time.Minute       // before a larger size is tried again
+	mtuDoubt   = time.Second            // between two confirmations because of losses
 )
 
 // An mtu finds how long a packet may be on one path: it raises the size step by
@@ -25,8 +26,8 @@ const (
 // lowers it when only those vanish. It is driven from outside and not safe for
 // concurrent use.
 //
-//	confirm ──answered──► (5 s) ──► confirm
-//	   │ 3 tries unanswered, a small probe answered: down, confirm at once
+//	confirm ──answered──► (5 s, or losses) ──► confirm
+//	   │ 3 tries unanswered, shorter ones answered: the longest of these
 //	raise ──answered──► next step up ── … ──► top
 //	   │ 3 tries unanswered: (10 min) ──► raise
 type mtu struct {
@@ -37,7 +38,11 @@ type mtu struct {
 	nonce      uint64 // of the probes of that size
 	small      uint64 // of the small ones beside it; 0: none has been sent
 	smallHeard bool
-	sentAt     time.Time // the latest try
+	lower      []mtuProbe // beside it too: the sizes that it may have to become
+	found      int        // the longest of lower that was answered; 0: none
+	hasty      bool       // packets are lost, maybe for their length
+	doubted    time.Time  // when that was last so
+	sentAt     time.Time  // the latest try
 	deadline   time.Time
 	rtt        time.Duration // of the latest answer to a first try; 0: not known
 
@@ -99,8 +104,12 @@ func (m *mtu) tick(now time.Time, largest int) []mtuProbe {
 		}
 		m.fail(now)
 	}
+	vital := m.vital()
+	if m.hasty {
+		vital = mtuSteps[0]
+	}
 	switch {
-	case m.below() > 0 && largest > m.vital() && !now.Before(m.confirmAt):
+	case m.below() > 0 && largest > vital && !now.Before(m.confirmAt):
 		m.trying = m.size
 	case m.above() > 0 && !now.Before(m.raiseAt):
 		m.trying = m.above()
@@ -108,40 +117,64 @@ func (m *mtu) tick(now time.Time, largest int) []mtuProbe {
 		return nil
 	}
 	m.tries, m.small, m.smallHeard, m.nonce = 0, 0, false, freshNonce()
+	m.lower, m.found = m.lower[:0], 0
 	return m.try(now)
 }
 
+// doubt says that packets are lost: it may be for their length.
+func (m *mtu) doubt(now time.Time) {
+	switch {
+	case m.trying == m.size:
+		m.hasty = true
+	case m.trying == 0 && now.Sub(m.doubted) >= mtuDoubt:
+		m.hasty, m.doubted, m.confirmAt = true, now, now
+	}
+}
+
 // try sends one more probe of the size. Where it confirms a size and is not the
-// first, a small one goes beside it, to tell a narrow path from a dead one.
+// first, or packets are lost, a small one goes beside it, to tell a narrow path
+// from a dead one, and from the second try on those of the sizes that are left.
 func (m *mtu) try(now time.Time) []mtuProbe {
-	m.sentAt, m.deadline = now, now.Add(max(mtuTimeout, 2*m.rtt)<<m.tries)
+	wait := max(mtuTimeout, 2*m.rtt)
+	if !m.hasty {
+		wait <<= m.tries
+	}
+	m.sentAt, m.deadline = now, now.Add(wait)
 	m.tries++
 	out := []mtuProbe{{m.trying, m.nonce}}
-	if m.trying == m.size && m.tries > 1 {
-		if m.small == 0 {
-			m.small = freshNonce()
-		}
-		out = append(out, mtuProbe{0, m.small})
+	if m.trying != m.size || m.tries == 1 && !m.hasty {
+		return out
 	}
-	return out
+	if m.small == 0 {
+		m.small = freshNonce()
+	}
+	if m.tries > 1 && len(m.lower) == 0 {
+		for _, s := range mtuSteps {
+			if s < m.size && s <= mtuFloor {
+				m.lower = append(m.lower, mtuProbe{s, freshNonce()})
+			}
+		}
+	}
+	return append(append(out, mtuProbe{0, m.small}), m.lower...)
 }
 
 func (m *mtu) fail(now time.Time) {
 	confirmed := m.trying == m.size
 	m.trying = 0
-	switch {
-	case !confirmed:
+	if !confirmed {
 		m.raiseAt = now.Add(mtuRaise)
-	case !m.smallHeard: // nothing passes: no question of size
-		m.confirmAt = now.Add(mtuConfirm)
-	case m.size > mtuFloor:
-		// What the path has become is found fastest from below.
-		m.size, m.confirmAt, m.raiseAt = mtuFloor, now, now
-		m.blackHoles++
-	default:
-		m.size, m.confirmAt, m.raiseAt = m.below(), now, now.Add(mtuRaise)
-		m.blackHoles++
+		return
 	}
+	m.hasty, m.confirmAt = false, now.Add(mtuConfirm)
+	if !m.smallHeard { // nothing passes: no question of size
+		return
+	}
+	m.blackHoles++
+	m.raiseAt = now.Add(mtuRaise)
+	if m.found == mtuFloor { // what the path has become is found from here
+		m.raiseAt = now
+	}
+	m.size = max(m.found, mtuSteps[0])
 }
 
 // answer takes an answer. mine: it was to a probe of this search; confirmed:
@@ -154,13 +187,19 @@ func (m *mtu) answer(nonce uint64, now time.Time) (mine, confirmed bool, more []
 		m.smallHeard = true
 		return true, false, nil
 	case nonce != m.nonce:
+		for _, l := range m.lower {
+			if l.nonce == nonce {
+				m.smallHeard, m.found = true, max(m.found, l.size)
+				return true, false, nil
+			}
+		}
 		return false, false, nil
 	}
 	if m.tries == 1 { // else nobody knows which try was answered
 		m.rtt = now.Sub(m.sentAt)
 	}
 	confirmed = m.trying == m.size
-	m.size, m.trying = m.trying, 0
+	m.size, m.trying, m.hasty = m.trying, 0, false
 	m.confirmAt = now.Add(mtuConfirm)
 	if !confirmed {
 		more = m.tick(now, 0)
@@ -173,5 +212,5 @@ func (m *mtu) tooLarge(n int, now time.Time) {
 	for m.size >= n && m.below() > 0 {
 		m.size = m.below()
 	}
-	m.trying, m.raiseAt = 0, now.Add(mtuRaise)
+	m.trying, m.hasty, m.raiseAt = 0, false, now.Add(mtuRaise)
 }

@@ -97,6 +97,31 @@ func TestAPathThatNarrowsLowersTheSizeAndRecovers(t *testing.T) {
 	}
 }
 
+func TestLossesFindANarrowPathWithinASecond(t *testing.T) {
+	for _, c := range []struct{ mtu, want int }{{0, mtuTop4}, {1300, 1280}, {1240, mtuFloor}, {1210, 1200}, {1100, 1052}, {1000, 576}, {600, 576}} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newPair(t, wire.AES128GCM, epochPackets)
+			w.run(t, 5*time.Second, true)
+			w.run(t, time.Second, false)
+			w.mtu = c.mtu
+			for _, e := range []*end{w.near, w.far} { // shorter than the floor: nothing else would ask
+				if err := e.Send(make([]byte, 700)); err != nil {
+					t.Fatal(err)
+				}
+				e.Doubt(time.Now())
+			}
+			w.carry()
+			w.run(t, time.Second, false)
+			if w.sizes() != both(c.want) {
+				t.Errorf("a path of %d: %v, want %d", c.mtu, w.sizes(), c.want)
+			}
+			if n := w.near.Stats().BlackHoles; (n > 0) != (c.mtu > 0) {
+				t.Errorf("a path of %d: %d black holes", c.mtu, n)
+			}
+		})
+	}
+}
+
 func TestSizeStaysWhereNotOnlyLongPacketsVanish(t *testing.T) {
 	for name, lose := range map[string]func(p sealedParcel, up bool) bool{
 		"all that goes up":  func(_ sealedParcel, up bool) bool { return up },
@@ -108,7 +133,11 @@ func TestSizeStaysWhereNotOnlyLongPacketsVanish(t *testing.T) {
 				w := newPair(t, wire.AES128GCM, epochPackets)
 				w.run(t, 5*time.Second, true)
 				w.lose = lose
-				w.run(t, time.Minute, true)
+				for range 60 {
+					w.near.Doubt(time.Now())
+					w.far.Doubt(time.Now())
+					w.run(t, time.Second, true)
+				}
 				if w.sizes() != both(mtuTop4) {
 					t.Errorf("%v", w.sizes())
 				}

@@ -242,6 +242,22 @@ func (a *Attached) Probe(kind wire.Way, large bool) {
 	}
 }
 
+// Load asks whether a way carries more than single probes: it sends n of the
+// longest that the way takes in one packet, with answers as long. begin makes
+// them the first of another load. How many were answered shows in Way.
+func (a *Attached) Load(kind wire.Way, n int, begin bool) {
+	p := a.plane
+	p.mu.RLock()
+	y, use := p.ways[kind], p.said
+	p.mu.RUnlock()
+	if y != nil {
+		y.load(n, begin, use)
+	}
+}
+
+// LoadSize is how long a probe of a load is at most, in bytes.
+const LoadSize = largeProbe
+
 // Reporting says whether reports have flowed for long enough that the peer's
 // must have come, since datagrams flow.
 func (a *Attached) Reporting() bool { return a.plane.reports.flowing() }
@@ -615,7 +631,7 @@ func (n *Near) Stats() tunnel.LinkStats {
 	n.mu.Unlock()
 	if current != nil {
 		if u := current.plane.using.Load(); u != nil {
-			s.RTT = u.first.state().RTT
+			s.RTT = u.first.state(time.Now()).RTT
 		}
 		if c := current.pick(nil); s.RTT == 0 && c != nil {
 			s.RTT = c.Stats().RTT

@@ -283,7 +283,7 @@ func (p *plane) state(kind wire.Way) WayState {
 	if y == nil {
 		return WayState{}
 	}
-	return y.state()
+	return y.state(time.Now())
 }
 
 // add takes in a leg of this plane. It may be sending already.

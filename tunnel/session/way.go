@@ -29,28 +29,30 @@ type way struct {
 
 	mu      sync.Mutex // guards the fields below
 	outlets []*outlet
-	heard   uint32    // received, at the last tick
-	heardAt time.Time // the tick by which the last record had come
+	heard   uint32    // received, at the last look
+	heardAt time.Time // the look by which the last record had come
 	in      incoming
 	out     outgoing
 	probes  probes
+	loaded  loaded
 	breaker *media.Breaker // nil on QUIC DATAGRAM, which has a congestion control of its own
 }
 
 // incoming is what this end sees of the records that come, for its reports.
 type incoming struct {
-	base    media.Base
-	echo    uint32 // Time of the peer's last report
-	echoAt  time.Time
-	since   time.Time // when the measured span began
-	sent    uint32    // the peer's Sent, and what had been received, at that time
-	records uint32
-	lost    uint16 // in the last span
-	rate    uint32 // kbit/s, in the last span
-	marks   marks
-	by      numbered // what numbers the packets that are counted; nil: nothing does
-	delay   time.Duration
-	delayed bool // delay has been measured since our last report
+	base     media.Base
+	echo     uint32 // Time of the peer's last report
+	echoAt   time.Time
+	since    time.Time // when the measured span began
+	sent     uint32    // the peer's Sent, and what had been received, at that time
+	records  uint32
+	lost     uint16 // in the last span
+	rate     uint32 // kbit/s, in the last span
+	marks    marks
+	by       numbered // what numbers the packets that are counted; nil: nothing does
+	strained bool     // the peer's circuit breaker wants another way
+	delay    time.Duration
+	delayed  bool // delay has been measured since our last report
 }
 
 // outgoing is what the peer says of the records that we send.
@@ -75,8 +77,18 @@ type outgoing struct {
 // largeProbe bounds a large probe on ways that take much more than a packet.
 const largeProbe = 1400
 
+// lossy is the loss from which on packets may be lost for their length.
+const lossy = 0.03
+
+// gross is the loss from which on what the rates say of it counts.
+const gross = 0.5
+
 // span is the shortest time over which losses and rates are counted.
 const span = 200 * time.Millisecond
+
+// quietRecords are fewer than pass in a second of any media: where the peer's
+// reports fail to come for longer, they are lost rather than not sent.
+const quietRecords = 16
 
 // An outlet counts what a transport takes.
 type outlet struct {
@@ -184,8 +196,10 @@ func (y *way) send(l *media.Line, record, payload []byte) error {
 
 // receive takes one record from a transport, on its reading goroutine.
 func (y *way) receive(record []byte) {
-	y.received.Add(1)
-	y.bytes.Add(uint64(len(record)))
+	if !wire.IsOwnProbe(record) { // which the peer has not counted either
+		y.received.Add(1)
+		y.bytes.Add(uint64(len(record)))
+	}
 	y.plane.receive(y, record)
 }
 
@@ -218,9 +232,7 @@ func (y *way) departedLocked(r *wire.Report) (us uint32, ok bool) {
 func (y *way) look(now time.Time) (trouble bool) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	if n := y.received.Load(); n != y.heard {
-		y.heard, y.heardAt = n, now
-	}
+	y.hearLocked(now)
 	in, m := &y.in, mark{at: now, bytes: y.bytes.Load()}
 	if by := y.numberedLocked(); by != in.by { // others' numbers
 		in.by, in.marks, in.lost = by, marks{}, 0
@@ -248,8 +260,8 @@ func (y *way) look(now time.Time) (trouble bool) {
 	return in.lost > troubleLost && sent-came >= troubleLeast
 }
 
-// loaded is a transport whose congestion control tells how much passes, as lanes'.
-type loaded interface {
+// laden is a transport whose congestion control tells how much passes, as lanes'.
+type laden interface {
 	Load() (rate float64, queue time.Duration, ok bool)
 }
 
@@ -259,7 +271,7 @@ func (y *way) weighLocked(now time.Time) {
 	out, seen := &y.out, media.Seen{Yields: y.plane.pacer.Gives()}
 	known := false
 	for _, o := range y.outlets {
-		if l, ok := o.Way.(loaded); ok {
+		if l, ok := o.Way.(laden); ok {
 			rate, queue, ok := l.Load()
 			seen.Received += rate
 			if ok {
@@ -334,7 +346,7 @@ func (y *way) tick(now time.Time, use wire.Use, live, often bool) {
 	}
 	y.mu.Lock()
 	r := wire.Report{
-		Use: use, Live: live, Often: often, Time: y.plane.clock(now), Sent: y.sent.Load() + 1,
+		Use: use, Live: live, Often: often, Strained: y.out.bad, Time: y.plane.clock(now), Sent: y.sent.Load() + 1,
 		Lost: y.in.lost, Rate: y.in.rate, Delay: wire.NoDelay, Held: wire.NothingSeen,
 	}
 	if y.in.by != nil {
@@ -357,6 +369,13 @@ func (y *way) tick(now time.Time, use wire.Use, live, often bool) {
 	*b = r.Append((*b)[:0])
 	y.room.Send(nil, *b, nil)
 	buffers.Put(b)
+}
+
+// hearLocked notes whether records have come since the last look.
+func (y *way) hearLocked(now time.Time) {
+	if n := y.received.Load(); n != y.heard {
+		y.heard, y.heardAt = n, now
+	}
 }
 
 // bad reports whether the circuit breaker is at work: it needs to hear often.
@@ -382,11 +401,11 @@ func (y *way) report(r *wire.Report, now time.Time) {
 	if !in.delayed || above < in.delay {
 		in.delay, in.delayed = above, true
 	}
-	in.echo, in.echoAt = r.Time, now
+	in.echo, in.echoAt, in.strained = r.Time, now, r.Strained
 	records := y.received.Load()
 	switch took := now.Sub(in.since); {
 	case in.by != nil: // which is asked what was lost
-	case in.since.IsZero() || took > 4*reportEvery: // media was quiet
+	case in.since.IsZero(), took > 4*reportEvery && r.Sent-in.sent < quietRecords, took > reportGone: // media was quiet
 		in.lost = 0
 		in.since, in.sent, in.records = now, r.Sent, records
 	case took >= span:
@@ -423,10 +442,20 @@ func (y *way) report(r *wire.Report, now time.Time) {
 			Sent: out.rate, Lost: out.lost, Received: float64(r.Rate) * 1000, Delay: out.delay, Yields: y.plane.pacer.Gives(),
 		})
 		out.shaped = rate > 0
+		if l := y.breaker.Lost(); l > gross { // our reports are lost too, so the peer knows less of it
+			out.lost = l
+		}
 		y.room.Shape(rate)
 	}
-	shaped := out.shaped
+	shaped, lossy := out.shaped, out.lost > lossy
 	y.mu.Unlock()
+	if lossy {
+		for _, t := range y.transports() {
+			if t, ok := t.(interface{ Doubt(time.Time) }); ok {
+				t.Doubt(now)
+			}
+		}
+	}
 	if delayed {
 		y.plane.queueing(y, now, delay, shaped)
 	}
@@ -446,9 +475,21 @@ func (y *way) answer(r *wire.Probe) {
 	a := wire.Answer{Nonce: r.Nonce, Size: uint16(min(r.Size, math.MaxUint16))}
 	b := buffers.Get().(*[]byte)
 	*b = a.Append((*b)[:0])
-	y.room.Send(nil, *b, nil)
+	if r.Full {
+		*b = append(*b, padding[:max(0, min(r.Size, y.room.Max(), largeProbe)-len(*b))]...)
+	}
+	if r.Use.N == 0 { // of the way itself, at the other end: that takes the answer before it is counted
+		for _, t := range y.transports() {
+			t.Send(*b)
+		}
+	} else {
+		y.room.Send(nil, *b, nil)
+	}
 	buffers.Put(b)
 }
+
+// padding is that of a full answer.
+var padding [largeProbe]byte
 
 // WayState is what is known about one way.
 type WayState struct {
@@ -457,23 +498,28 @@ type WayState struct {
 	Max        int           // the longest record that it takes whole, in bytes
 	Small      time.Time     // when a short probe was last answered; zero: never
 	Large      time.Time     // when the longest was
-	Heard      time.Time     // when a record was last known to have come, to 250 ms
+	Heard      time.Time     // when a record was last known to have come: the time of the first look after it, and one is each 250 ms at least
 	Reported   time.Time     // when the peer last reported about it
 	RTT        time.Duration // of reports; 0: not known
 	Lost       float64       // of what we send, 0 to 1, in the last report
 	Delay      time.Duration // of what we send above the shortest of late, in the last report
-	Bad        bool          // the circuit breaker wants another way
+	Bad        bool          // the circuit breaker of either end wants another way
 	Shaped     bool          // the circuit breaker holds what we send back
+	Rate       float64       // bits/s that go by it, the larger of both directions
+	Carried    int           // full probes of the last load that were answered
 }
 
-func (y *way) state() WayState {
+func (y *way) state(now time.Time) WayState {
 	y.mu.Lock()
 	defer y.mu.Unlock()
+	y.hearLocked(now)
 	s := WayState{
 		Present: len(y.outlets) > 0, Transports: len(y.outlets), Max: y.room.Max(), Heard: y.heardAt, Reported: y.out.at,
-		RTT: y.out.rtt, Lost: y.out.lost, Delay: y.out.delay, Bad: y.out.bad, Shaped: y.out.shaped,
+		RTT: y.out.rtt, Lost: y.out.lost, Delay: y.out.delay, Bad: y.out.bad || y.in.strained, Shaped: y.out.shaped,
 	}
 	s.Small, s.Large = y.probes.small, y.probes.large
+	s.Rate = max(y.out.rate, float64(y.in.rate)*1000)
+	s.Carried = y.loaded.carried
 	return s
 }
 
@@ -504,6 +550,10 @@ func (y *way) probe(large bool, use wire.Use) {
 func (y *way) answered(a *wire.Answer) {
 	now := time.Now()
 	y.mu.Lock()
+	if y.loaded.takes(a) {
+		y.mu.Unlock()
+		return
+	}
 	i := slices.Index(y.probes.nonces[:], a.Nonce)
 	if i >= 0 && y.probes.sizes[i] > 0 && int(a.Size) == y.probes.sizes[i] {
 		y.heardAt = now
@@ -518,5 +568,49 @@ func (y *way) answered(a *wire.Answer) {
 	y.mu.Unlock()
 	if i >= 0 && y.plane.proved != nil {
 		y.plane.proved()
+	}
+}
+
+// loaded is a load of probes, which shows whether a way carries what a call
+// sends. All of them have one nonce but for the last 16 bits, which count.
+type loaded struct {
+	nonce   uint64 // 0: there was none
+	size    int    // of each, and of each answer
+	asked   int
+	carried int
+	came    [maxLoad / 64]uint64 // bits, of each probe
+}
+
+// maxLoad bounds the probes of one load.
+const maxLoad = 1 << 12
+
+// takes takes the answer to one of them.
+func (l *loaded) takes(a *wire.Answer) bool {
+	n := int(a.Nonce & 0xffff)
+	if l.nonce == 0 || a.Nonce&^0xffff != l.nonce || n >= l.asked || int(a.Size) != l.size {
+		return false
+	}
+	if bit := uint64(1) << (n % 64); l.came[n/64]&bit == 0 {
+		l.came[n/64] |= bit
+		l.carried++
+	}
+	return true
+}
+
+// load sends n more probes as long as the way takes, with answers as long;
+// begin: another load begins with them.
+func (y *way) load(n int, begin bool, use wire.Use) {
+	y.mu.Lock()
+	l := &y.loaded
+	if begin {
+		*l = loaded{nonce: rand.Uint64() &^ 0xffff, size: max(wire.MinProbe+1, min(y.room.Max(), largeProbe))}
+	}
+	n = min(n, maxLoad-l.asked)
+	r := wire.Probe{Use: use, Nonce: l.nonce + uint64(l.asked), Size: l.size, Full: true}
+	l.asked += n
+	y.mu.Unlock()
+	for range n {
+		y.room.Send(nil, r.Append(nil), nil)
+		r.Nonce++
 	}
 }

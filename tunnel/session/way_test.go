@@ -474,3 +474,72 @@ func TestLanesThatEndWhileTheSessionEndsAreCountedOnce(t *testing.T) {
 		}
 	}
 }
+
+func TestALoadIsAnsweredInFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, end := reporting(t, func(bool, int64) tunneltest.Fate { return tunneltest.Fate{Delay: 20 * time.Millisecond} })
+		defer end()
+		before := p.far.plane.allWays()[wire.WaySealed].sentBytes.Load()
+		size := min(p.at.Way(wire.WaySealed).Max, largeProbe)
+		p.at.Load(wire.WaySealed, 10, true)
+		p.at.Load(wire.WaySealed, 5, false)
+		time.Sleep(45 * time.Millisecond)
+		if n := p.at.Way(wire.WaySealed).Carried; n != 15 {
+			t.Errorf("%d of 15 were answered", n)
+		}
+		if n := int(p.far.plane.allWays()[wire.WaySealed].sentBytes.Load() - before); n < 15*size || n > 20*size {
+			t.Errorf("the far end has sent %d bytes, want 15 answers of %d", n, size)
+		}
+		p.at.Load(wire.WaySealed, 1, true)
+		time.Sleep(45 * time.Millisecond)
+		if n := p.at.Way(wire.WaySealed).Carried; n != 1 {
+			t.Errorf("%d of another load were answered, want 1", n)
+		}
+		y := p.at.plane.allWays()[wire.WaySealed]
+		y.answered(&wire.Answer{Nonce: y.loaded.nonce, Size: uint16(y.loaded.size)})     // again
+		y.answered(&wire.Answer{Nonce: y.loaded.nonce + 1, Size: uint16(y.loaded.size)}) // was not asked
+		y.answered(&wire.Answer{Nonce: y.loaded.nonce, Size: 20})
+		if n := p.at.Way(wire.WaySealed).Carried; n != 1 {
+			t.Errorf("%d after answers that lie", n)
+		}
+	})
+}
+
+// Where packets are lost in one direction, so are that end's reports: the other
+// knows of few losses, and nobody else of them.
+func TestAWayThatIsTooNarrowIsBad(t *testing.T) {
+	for name, narrow := range map[string]func(up bool) bool{
+		"upwards":   func(up bool) bool { return up },
+		"downwards": func(up bool) bool { return !up },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p, end := reporting(t, func(up bool, n int64) tunneltest.Fate {
+					return tunneltest.Fate{Delay: 20 * time.Millisecond, Drop: narrow(up) && n > 100 && n%10 > 1}
+				})
+				defer end()
+				if s := p.at.Way(wire.WaySealed); !s.Bad {
+					t.Errorf("%+v", s)
+				}
+			})
+		})
+	}
+}
+
+func TestWhatWasHeardIsKnownAtEachLook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var off atomic.Bool
+		p, end := reporting(t, func(bool, int64) tunneltest.Fate {
+			return tunneltest.Fate{Delay: 20 * time.Millisecond, Drop: off.Load()}
+		})
+		defer end()
+		off.Store(true)
+		time.Sleep(30 * time.Millisecond) // what was under way
+		p.at.Way(wire.WaySealed)
+		was := time.Now()
+		time.Sleep(2 * reportEvery)
+		if at := p.at.Way(wire.WaySealed).Heard; at.After(was) {
+			t.Errorf("something was heard %v after the last packet", at.Sub(was))
+		}
+	})
+}

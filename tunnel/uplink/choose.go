@@ -22,15 +22,35 @@ const (
 	// bothTime bounds how long small datagrams go by two ways.
 	bothTime = 2 * time.Second
 
-	// A way that was left is tried again after a while, twice as long each time
-	// that it is left soon.
+	// A way that was left is tried again after a while. Where sealed packets
+	// alone were left that is twice as long each time.
 	sealedAgain, maxSealedAgain = 2 * time.Second, time.Minute
-	udpAgain, maxUDPAgain       = 5 * time.Second, 5 * time.Minute
-	settled                     = 30 * time.Second // used for so long, a way has proved itself
+	// UDP is tried again after udpAgain, then each goodUDPAgain where it has
+	// worked: a path that is open again is used within 30 s. Where it never has,
+	// the time is doubled. Where it was used again and left soon it rests for
+	// udpRest, twice as long each time.
+	udpAgain, goodUDPAgain, maxUDPAgain = 5 * time.Second, 15 * time.Second, 5 * time.Minute
+	udpRest                             = time.Minute
+	settled                             = 30 * time.Second // used for so long, a way has proved itself
+
+	// What was too narrow for the call has to carry as much as it before it is
+	// used again: for loadTime, loadOver as much, nearly all of it with at most
+	// loadWait more than a round trip.
+	narrowAgain = 20 * time.Second
+	loadTime    = time.Second
+	loadOver    = 1.2
+	loadLeast   = 64_000 // bits/s
+	loadWait    = 100 * time.Millisecond
+	loadLost    = 0.1
+	loadMost    = 64 // probes at once
 
 	// risen is the delay from which on silence is taken for congestion, which
 	// sending everything twice would make worse.
 	risen = 40 * time.Millisecond
+	// A way that loses nearly all is left after shutTime, but after narrowTime
+	// where short packets pass: its packets may become shorter.
+	shutTime, narrowTime = 150 * time.Millisecond, 2 * time.Second
+
 	// gone is the loss from which on a way counts as shut in our direction.
 	gone = 0.9
 	// full is the loss from which on a way shows that it is overloaded.
@@ -53,6 +73,8 @@ type view struct {
 type orders struct {
 	first, also wire.Way
 	short, long [wire.WaysEnd]bool // probes
+	load        int                // long probes on the way that is tried, with answers as long
+	begin       bool               // they are the first of another load
 	why         string             // of the way; "" unless it changes
 	cause       tunnel.Code        // of the change; "" where the way is the first
 	next        time.Duration      // when to look again, at the latest
@@ -90,12 +112,25 @@ type chooser struct {
 type trial struct {
 	way   wire.Way // NoWay: none
 	began time.Time
+	load  time.Time     // since when it is asked to carry what the call sends; zero: it is not
+	trip  time.Duration // then
+	asked []asked       // of the load
+}
+
+// asked is how many probes of a load there had been at a time.
+type asked struct {
+	at time.Time
+	n  int
 }
 
 // again says when a way that failed may be tried again.
 type again struct {
-	at   time.Time
-	wait time.Duration
+	at     time.Time
+	wait   time.Duration // after the last trial
+	good   bool          // it has worked here
+	back   bool          // it is used again after it had been left for lanes
+	rest   time.Duration // after it was used again and left soon; 0: it was not
+	narrow bool          // it carried less than the call sends
 }
 
 // order is from the best way to the last.
@@ -133,6 +168,7 @@ func (c *chooser) step(v view) orders {
 	default:
 		c.asked = v.now
 		o.next = probeEvery
+		c.ask(v, &o)
 	}
 	switch {
 	case o.next > 0:
@@ -185,16 +221,24 @@ func (c *chooser) use(v view, o *orders, w wire.Way, why string, cause tunnel.Co
 func (c *chooser) leave(v view, o *orders, to wire.Way, why string, cause tunnel.Code, both bool) {
 	from := c.way
 	a := &c.again[from]
-	first, most := udpAgain, maxUDPAgain
-	if to == wire.WayDatagram {
-		first, most = sealedAgain, maxSealedAgain
+	soon := v.now.Sub(c.since) <= settled
+	switch {
+	case to == wire.WayLanes:
+		a.good, a.wait, a.narrow = true, udpAgain, cause == tunnel.PathStrained
+		if a.narrow {
+			a.wait = narrowAgain
+		}
+		if a.back && soon {
+			a.rest = restAgain(a.rest)
+		} else {
+			a.rest = 0
+		}
+	case soon && a.wait > 0:
+		a.wait = min(2*a.wait, maxSealedAgain)
+	default:
+		a.wait = sealedAgain
 	}
-	if v.now.Sub(c.since) > settled || a.wait == 0 {
-		a.wait = first
-	} else {
-		a.wait = min(2*a.wait, most)
-	}
-	a.at = v.now.Add(a.wait)
+	a.at = v.now.Add(max(a.wait, a.rest))
 	if from == wire.WaySealed && to == wire.WayLanes { // what has shut UDP has shut both
 		c.again[wire.WayDatagram] = *a
 	}
@@ -202,6 +246,11 @@ func (c *chooser) leave(v view, o *orders, to wire.Way, why string, cause tunnel
 	if both {
 		c.also, c.both = from, v.now.Add(bothTime)
 	}
+}
+
+// restAgain is how long UDP rests after it has failed the call once more.
+func restAgain(last time.Duration) time.Duration {
+	return min(max(2*last, udpRest), maxUDPAgain)
 }
 
 // watch looks after the way in use.
@@ -227,7 +276,14 @@ func (c *chooser) watch(v view, o *orders) {
 			o.short[w] = true
 		}
 	}
-	if !shut && v.now.Sub(c.doubt) < deaf-doubtful {
+	least := deaf - doubtful
+	switch short := s.Small.After(c.doubt); {
+	case shut && !silent && short:
+		least = narrowTime
+	case shut && !short:
+		least = shutTime
+	}
+	if v.now.Sub(c.doubt) < least {
 		return
 	}
 	for _, w := range order {
@@ -291,7 +347,7 @@ func (c *chooser) try(v view, o *orders) {
 	if c.trial.way == wire.NoWay {
 		for _, w := range order[:min(rank(c.way), len(order))] {
 			if v.ways[w].Present && !v.now.Before(c.again[w].at) {
-				c.trial = trial{w, v.now}
+				c.trial = trial{way: w, began: v.now}
 				break
 			}
 		}
@@ -303,22 +359,23 @@ func (c *chooser) try(v view, o *orders) {
 	s := v.ways[t]
 	small, large := s.Small.After(c.trial.began), s.Large.After(c.trial.began)
 	took := v.now.Sub(c.trial.began)
+	// Sealed packets make themselves smaller where only long ones vanish.
+	passes := small && (large || took >= trialTime && t == wire.WaySealed)
 	switch {
-	case small && large, small && took >= trialTime && t == wire.WaySealed: // which makes itself smaller where only long ones vanish
-		cause := tunnel.Code("")
-		if c.way == wire.WayLanes {
-			cause = tunnel.UDPReturned
-		}
-		from := c.way
-		c.use(v, o, t, fmt.Sprintf("probes of it were answered in %v", took.Round(time.Millisecond)), cause)
-		if from == wire.WayLanes {
-			c.also, c.both = from, v.now.Add(bothTime)
-		}
+	case !c.trial.load.IsZero():
+		c.judge(v, o)
+	case passes && c.way == wire.WayLanes && c.again[t].narrow:
+		c.trial.load, c.trial.trip = v.now, s.RTT
+	case passes:
+		c.turn(v, o, fmt.Sprintf("probes of it were answered in %v", took.Round(time.Millisecond)))
 	case took >= trialTime:
 		a := &c.again[t]
 		first, most := udpAgain, maxUDPAgain
-		if c.way == wire.WayDatagram {
+		switch {
+		case c.way == wire.WayDatagram:
 			first, most = sealedAgain, maxSealedAgain
+		case a.good:
+			most = goodUDPAgain
 		}
 		a.wait = min(max(2*a.wait, first), most)
 		a.at = v.now.Add(a.wait)
@@ -329,6 +386,63 @@ func (c *chooser) try(v view, o *orders) {
 	default:
 		o.short[t] = o.short[t] || !small
 		o.long[t] = !large
+	}
+}
+
+// turn uses the way that was tried.
+func (c *chooser) turn(v view, o *orders, why string) {
+	from, to := c.way, c.trial.way
+	cause := tunnel.Code("")
+	if from == wire.WayLanes {
+		cause = tunnel.UDPReturned
+	}
+	c.use(v, o, to, why, cause)
+	c.again[to].back = from == wire.WayLanes
+	if from == wire.WayLanes {
+		c.also, c.both = from, v.now.Add(bothTime)
+	}
+}
+
+// judge looks whether the way that is tried carries its load.
+func (c *chooser) judge(v view, o *orders) {
+	t := &c.trial
+	due := 0 // probes that must have been answered by now
+	for _, a := range t.asked {
+		if v.now.Sub(a.at) >= t.trip+loadWait {
+			due = a.n
+		}
+	}
+	missing := due - v.ways[t.way].Carried
+	switch lanes := v.ways[c.way]; {
+	case missing > 2+int(loadLost*float64(due)), lanes.Delay > risen: // or it disturbs the call
+		a := &c.again[t.way]
+		a.rest = restAgain(a.rest)
+		a.at = v.now.Add(a.rest)
+		if t.way == wire.WaySealed { // the same packets would go by the other
+			c.again[wire.WayDatagram].at = a.at
+		}
+		c.trial = trial{}
+	case v.now.Sub(t.load) >= loadTime+t.trip+loadWait:
+		c.again[t.way].narrow = false
+		c.turn(v, o, "it carried as much as the call sends")
+	}
+}
+
+// ask asks the way that is tried to carry as much as the call sends.
+func (c *chooser) ask(v view, o *orders) {
+	t := &c.trial
+	if t.load.IsZero() || v.now.Sub(t.load) > loadTime {
+		return
+	}
+	before := 0
+	if len(t.asked) > 0 {
+		before = t.asked[len(t.asked)-1].n
+	}
+	rate := max(loadOver*v.ways[c.way].Rate, loadLeast)
+	bytes := rate / 8 * (v.now.Sub(t.load) + probeEvery).Seconds() // until the next step
+	if more := int(bytes/session.LoadSize) - before; more > 0 {
+		o.load, o.begin = min(more, loadMost), len(t.asked) == 0
+		t.asked = append(t.asked, asked{v.now, before + o.load})
 	}
 }
 

@@ -20,9 +20,13 @@ type world struct {
 	passes  [wire.WaysEnd]func(size int) bool // nil: nothing
 	ways    [wire.WaysEnd]session.WayState
 	idle    bool
+	most    [wire.WaysEnd]int // probes of a load at once that pass; 0: all
 	last    orders
 	moves   []move
 	answers []answer // under way
+	hears   bool     // what is cut is cut in our direction only
+	loads   int      // that began
+	loaded  int      // probes of them
 }
 
 type answer struct {
@@ -74,7 +78,7 @@ func (w *world) pass(d time.Duration) {
 		for k := range w.ways {
 			s := &w.ways[k]
 			s.Present = w.joined[k]
-			if s.Present && !w.idle && w.passes[k](100) {
+			if s.Present && !w.idle && (w.passes[k](100) || w.hears) {
 				s.Heard, s.Reported = w.now, w.now
 			}
 		}
@@ -93,6 +97,17 @@ func (w *world) pass(d time.Duration) {
 			}
 			if o.long[k] && w.passes[k](1200) {
 				w.answers = append(w.answers, answer{w.now.Add(40 * time.Millisecond), wire.Way(k), true})
+			}
+		}
+		if t := w.c.trial.way; o.load > 0 {
+			s := &w.ways[t]
+			if o.begin {
+				s.Carried, w.loads = 0, w.loads+1
+			}
+			w.loaded += o.load
+			s.Carried += o.load // a round trip early, which judges the same
+			if m := w.most[t]; m > 0 {
+				s.Carried -= max(0, o.load-m)
 			}
 		}
 	}
@@ -207,6 +222,104 @@ func TestTheChooser(t *testing.T) {
 				w.pass(second)
 			}
 			w.uses(lanes, wire.NoWay)
+		},
+		"UDP that is throttled is not used again while it does not carry as much": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Lost = 0.8
+			w.ways[sealed].Bad, w.ways[lanes].Rate, w.most[sealed], w.most[datagram] = true, 1e6, 1, 1
+			w.pass(2 * second)
+			w.uses(lanes, wire.NoWay)
+			w.ways[sealed].Bad, w.ways[sealed].Lost = false, 0
+			w.pass(5 * 60 * second)
+			w.uses(lanes, wire.NoWay)
+			if w.loads < 3 || w.loads > 6 {
+				w.t.Errorf("in five minutes it was asked %d times, want after 20 s, then 1 min, 2 min", w.loads)
+			}
+		},
+		"UDP that is throttled no more is used again": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Lost = 0.8
+			w.ways[sealed].Bad, w.ways[lanes].Rate = true, 1e6
+			w.pass(2 * second)
+			w.uses(lanes, wire.NoWay)
+			w.ways[sealed].Bad, w.ways[sealed].Lost = false, 0
+			w.pass(25 * second)
+			if w.last.first != sealed {
+				w.t.Fatalf("datagrams go by %v", w.last.first)
+			}
+			// 1.2 Mbit/s for a second, in probes of 1,400 bytes.
+			if w.loads != 1 || w.loaded < 95 || w.loaded > 120 {
+				w.t.Errorf("%d loads, %d probes", w.loads, w.loaded)
+			}
+		},
+		"a load that makes the call wait is given up": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Lost = 0.8
+			w.ways[sealed].Bad, w.ways[lanes].Rate = true, 1e6
+			w.pass(2 * second)
+			w.ways[sealed].Bad, w.ways[sealed].Lost, w.ways[lanes].Delay = false, 0, 50*time.Millisecond
+			w.pass(30 * second)
+			w.uses(lanes, wire.NoWay)
+			if w.loaded > 10 {
+				w.t.Errorf("%d probes", w.loaded)
+			}
+		},
+		"a way that loses nearly all is left at once": func(w *world) {
+			w.pass(second)
+			w.cut(sealed)
+			w.ways[sealed].Lost = 1
+			w.hears = true
+			w.pass(300 * time.Millisecond)
+			if w.last.first != datagram {
+				w.t.Fatalf("datagrams go by %v", w.last.first)
+			}
+		},
+		"but not where short packets pass, which it can make of long ones": func(w *world) {
+			w.pass(second)
+			w.passes[sealed] = small
+			w.ways[sealed].Lost = 1
+			w.pass(1500 * time.Millisecond)
+			w.uses(sealed, wire.NoWay)
+			w.pass(second)
+			if w.last.first == sealed {
+				w.t.Fatal("they can not")
+			}
+		},
+		"UDP that is shut for long is used again within 30 s where it has worked": func(w *world) {
+			w.pass(second)
+			w.cut(sealed, datagram)
+			w.pass(10 * 60 * second)
+			w.passes[sealed], w.passes[datagram] = all, all
+			w.pass(30 * second)
+			w.uses(sealed, wire.NoWay)
+		},
+		"UDP that never worked is tried after minutes": func(w *world) {
+			w.cut(sealed, datagram)
+			w.joined[sealed], w.joined[datagram] = false, false
+			w.pass(second)
+			w.uses(lanes, wire.NoWay)
+			w.joined[sealed], w.joined[datagram] = true, true
+			w.pass(20 * 60 * second)
+			if rest := w.c.again[sealed].wait; rest != maxUDPAgain {
+				w.t.Errorf("it rests for %v", rest)
+			}
+		},
+		"UDP that was used again and left soon rests for a minute, then for two": func(w *world) {
+			w.pass(second)
+			for i := range 3 {
+				w.cut(sealed, datagram)
+				w.pass(2 * second)
+				left := w.now
+				w.passes[sealed], w.passes[datagram] = all, all
+				for w.last.first == lanes {
+					w.pass(100 * time.Millisecond)
+				}
+				want := []time.Duration{udpAgain, udpRest, 2 * udpRest}[i]
+				if rest := w.now.Sub(left); rest < want-3*second || rest > want+3*second {
+					w.t.Errorf("time %d it is used again after %v, want %v", i+1, rest, want)
+				}
+				w.pass(10 * second)
+			}
 		},
 		"on a link that is slow for all the way stays": func(w *world) {
 			w.pass(second)

@@ -180,6 +180,9 @@ func (p *path) rest(ctx context.Context, rest time.Duration) {
 func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 	p.mu.Lock()
 	wanted, fails, rest := p.wanted, p.fails, time.Until(p.later)
+	if p.urgent {
+		rest = 0
+	}
 	p.mu.Unlock()
 	switch {
 	case !wanted:

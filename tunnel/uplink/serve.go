@@ -248,6 +248,9 @@ func (r *run) step(now time.Time) time.Duration {
 			r.at.Probe(wire.Way(w), true)
 		}
 	}
+	if o.load > 0 {
+		r.at.Load(r.choose.trial.way, o.load, o.begin)
+	}
 	r.needs(now, v)
 	state := r.describe(o)
 	if state != nil {
@@ -306,6 +309,9 @@ func (r *run) tellChanges(all []tunnel.Change) {
 func (r *run) needs(now time.Time, v view) {
 	if r.u.Streaming() || v.live {
 		r.busyTill = now.Add(companionRest)
+	}
+	if r.udp != nil { // datagrams go by lanes and nothing comes, or they have no way: UDP may pass by now
+		r.udp.want(true, v.live && (r.choose.way == wire.NoWay || r.choose.way == wire.WayLanes && !r.choose.doubt.IsZero()))
 	}
 	if r.tcp == nil {
 		return

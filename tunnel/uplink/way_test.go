@@ -263,3 +263,37 @@ func TestLanesOutliveTheConnectionBesideThem(t *testing.T) {
 		r.stop()
 	})
 }
+
+func TestUDPIsJoinedAtOnceWhenLanesFallSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFarOn(t, tunneltest.Config{Flow: true}, first)
+		defer f.end()
+		joined := f.real(0)
+		only := func(kind string) func(context.Context, string, string, int) error {
+			return func(ctx context.Context, k, _ string, _ int) error {
+				if k != kind {
+					return silent(ctx)
+				}
+				return nil
+			}
+		}
+		f.dialNow(only("tls"))
+		r := f.run(tunnel.ModeAuto, nil)
+		r.up()
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := r.call(ctx)
+		time.Sleep(5 * time.Minute) // it has become rare that QUIC is tried
+		if joined.Load() == 0 {
+			t.Error("there are no lanes")
+		}
+		f.dialNow(only("quic"))
+		f.nets["tls"].CutLanes()
+		began := time.Now()
+		if s := r.by(wire.WayDatagram); time.Since(began) > 1500*time.Millisecond {
+			t.Errorf("it took %v: %+v", time.Since(began), s)
+		}
+		cancel()
+		<-ended
+		r.stop()
+	})
+}

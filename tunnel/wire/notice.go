@@ -45,6 +45,8 @@ type Report struct {
 	Live bool // a channel is live; from the sidecar
 	// Often asks the peer to report every 50 ms instead of every 250.
 	Often bool
+	// Strained: this way carries less than its sender has to send by it.
+	Strained bool
 
 	Time uint32 // when it was sent
 	// Echo is the Time of the last report that came on this way plus how long
@@ -78,6 +80,9 @@ type Probe struct {
 	Use   Use // from the sidecar
 	Nonce uint64
 	Size  int
+	// Full asks for an answer that is padded to Size too. It stands in the first
+	// byte of the padding, so Size is more than MinProbe.
+	Full bool
 }
 
 // An Answer says that a probe of this size has arrived.
@@ -111,8 +116,11 @@ const (
 	sizeAnswer     = 8 + 2
 	sizeReset      = 4 + 16
 
-	flagLive  = 1 << 0
-	flagOften = 1 << 1
+	flagLive     = 1 << 0
+	flagOften    = 1 << 1
+	flagStrained = 1 << 2
+
+	flagFull = 1 << 0 // of a probe
 )
 
 func appendUse(b []byte, u Use) []byte {
@@ -136,6 +144,9 @@ func (r *Report) Append(b []byte) []byte {
 	if r.Often {
 		flags |= flagOften
 	}
+	if r.Strained {
+		flags |= flagStrained
+	}
 	b = append(appendUse(notice(b, noticeReport), r.Use), flags)
 	for _, v := range []uint32{r.Time, r.Echo, r.Sent} {
 		b = binary.BigEndian.AppendUint32(b, v)
@@ -146,10 +157,14 @@ func (r *Report) Append(b []byte) []byte {
 	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b, r.Seen), r.Held)
 }
 
-// Append writes a probe, padded with zeros to Size.
+// Append writes a probe, padded to Size.
 func (r *Probe) Append(b []byte) []byte {
 	b = binary.BigEndian.AppendUint64(appendUse(notice(b, noticeProbe), r.Use), r.Nonce)
-	return append(b, make([]byte, max(0, r.Size-MinProbe))...)
+	padding := make([]byte, max(0, r.Size-MinProbe))
+	if r.Full && len(padding) > 0 {
+		padding[0] = flagFull
+	}
+	return append(b, padding...)
 }
 
 // Append writes an answer.

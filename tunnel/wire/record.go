@@ -195,6 +195,12 @@ func IsNotice(p []byte) bool {
 	return len(p) >= shortHeader && p[0] == 0 && p[1] == 0
 }
 
+// IsOwnProbe says whether a record is a probe of the way that it came by itself,
+// for the size of its packets or for a new path: it says nothing of use.
+func IsOwnProbe(p []byte) bool {
+	return IsNotice(p) && len(p) >= MinProbe && binary.BigEndian.Uint16(p[2:]) == noticeProbe && readUse(p[shortHeader:]).N == 0
+}
+
 func readNotice(kind uint16, p []byte) (n Notice, err error) {
 	switch kind {
 	case noticeAck, noticeUnknown:
@@ -226,7 +232,8 @@ func readNotice(kind uint16, p []byte) (n Notice, err error) {
 		if len(p) < sizeReport {
 			return n, ErrMalformed
 		}
-		r := &Report{Use: readUse(p), Live: p[sizeUse]&flagLive != 0, Often: p[sizeUse]&flagOften != 0}
+		flags := p[sizeUse]
+		r := &Report{Use: readUse(p), Live: flags&flagLive != 0, Often: flags&flagOften != 0, Strained: flags&flagStrained != 0}
 		p = p[sizeUse+1:]
 		r.Time, r.Echo, r.Sent = binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:]), binary.BigEndian.Uint32(p[8:])
 		r.Lost, r.Rate, r.Delay = binary.BigEndian.Uint16(p[12:]), binary.BigEndian.Uint32(p[14:]), binary.BigEndian.Uint16(p[18:])
@@ -236,7 +243,10 @@ func readNotice(kind uint16, p []byte) (n Notice, err error) {
 		if len(p) < MinProbe-shortHeader {
 			return n, ErrMalformed
 		}
-		n.Probe = &Probe{Use: readUse(p), Nonce: binary.BigEndian.Uint64(p[sizeUse:]), Size: shortHeader + len(p)}
+		n.Probe = &Probe{
+			Use: readUse(p), Nonce: binary.BigEndian.Uint64(p[sizeUse:]), Size: shortHeader + len(p),
+			Full: len(p) > MinProbe-shortHeader && p[MinProbe-shortHeader]&flagFull != 0,
+		}
 	case noticeAnswer:
 		if len(p) < sizeAnswer {
 			return n, ErrMalformed

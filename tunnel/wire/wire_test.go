@@ -135,8 +135,10 @@ func TestParseRecordRefusesWhatIsCut(t *testing.T) {
 var everyNotice = []Notice{
 	{Report: &Report{Use: Use{3, WaySealed, WayLanes}, Live: true, Time: 7, Echo: 8, Sent: 9, Lost: 10, Rate: 11, Delay: NoDelay, Seen: 12, Held: NothingSeen}},
 	{Report: &Report{Often: true}},
+	{Report: &Report{Strained: true}},
 	{Probe: &Probe{Use: Use{1, WayDatagram, NoWay}, Nonce: 5, Size: MinProbe}},
 	{Probe: &Probe{Nonce: 5, Size: 1200}},
+	{Probe: &Probe{Nonce: 5, Size: 1200, Full: true}},
 	{Answer: &Answer{Nonce: 5, Size: 1200}},
 	{Fragment: Fragment{ID: 9, Index: 1, Count: 2, Piece: []byte{1}}},
 	{Reset: &Reset{Epoch: 1, Token: [16]byte{15: 1}}},
@@ -226,4 +228,24 @@ func FuzzMessage(f *testing.F) {
 			t.Errorf("%q can not be read again: %v", b.Bytes(), err)
 		}
 	})
+}
+
+func TestAWaysOwnProbesSayNothingOfUse(t *testing.T) {
+	for name, test := range map[string]struct {
+		record []byte
+		want   bool
+	}{
+		"its own":         {(&Probe{Nonce: 1, Size: 1200}).Append(nil), true},
+		"the sidecar's":   {(&Probe{Use: Use{N: 1}, Nonce: 1, Size: 1200}).Append(nil), false},
+		"an answer":       {(&Answer{Nonce: 1}).Append(nil), false},
+		"too short":       {(&Probe{Nonce: 1}).Append(nil)[:MinProbe-1], false},
+		"a datagram":      {(&Header{Context: 1}).Append(nil), false},
+		"nothing":         {nil, false},
+		"a report":        {(&Report{}).Append(nil), false},
+		"a reset's token": {(&Reset{}).Append(nil), false},
+	} {
+		if got := IsOwnProbe(test.record); got != test.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
 }

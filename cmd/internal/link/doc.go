@@ -8,7 +8,7 @@
 //	l.Rebind()
 //
 // It promises that what it is told holds for every packet that comes after,
-// that it keeps the order of packets, and that Close leaves nothing behind but
+// that it keeps the order of UDP packets and that of all others, and that Close leaves nothing behind but
 // the devices, which are the caller's to close first.
 //
 // It promises no exact times: a packet leaves when it is due or as soon after

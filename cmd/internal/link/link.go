@@ -47,6 +47,18 @@ const (
 	toNear
 )
 
+// lines are the packets on the way in one direction: UDP, which its rate may
+// hold, and all else, which does not wait for it.
+type lines [2]chan travelling
+
+// of is the line for a packet.
+func (s lines) of(p []byte) chan<- travelling {
+	if protocol(p) == udp {
+		return s[0]
+	}
+	return s[1]
+}
+
 type travelling struct {
 	due    time.Time
 	packet []byte
@@ -57,9 +69,12 @@ type travelling struct {
 func New(near, far io.ReadWriter, s Settings) *Link {
 	l := &Link{settings: s, nat: newNAT()}
 	for direction, ends := range [][2]io.ReadWriter{toFar: {near, far}, toNear: {far, near}} {
-		line := make(chan travelling, most)
-		l.wg.Go(func() { l.read(ends[0], direction, line) })
-		l.wg.Go(func() { write(ends[1], line) })
+		var lines lines
+		for i := range lines {
+			lines[i] = make(chan travelling, most)
+			l.wg.Go(func() { write(ends[1], lines[i]) })
+		}
+		l.wg.Go(func() { l.read(ends[0], direction, lines) })
 	}
 	return l
 }
@@ -90,8 +105,12 @@ func (l *Link) Counts() Counts {
 }
 
 // read takes packets until the device is closed.
-func (l *Link) read(in io.Reader, direction int, line chan<- travelling) {
-	defer close(line)
+func (l *Link) read(in io.Reader, direction int, to lines) {
+	defer func() {
+		for _, line := range to {
+			close(line)
+		}
+	}()
 	b := make([]byte, 65536)
 	for {
 		n, err := in.Read(b)
@@ -104,7 +123,7 @@ func (l *Link) read(in io.Reader, direction int, line chan<- travelling) {
 			continue
 		}
 		select {
-		case line <- travelling{due, p}:
+		case to.of(p) <- travelling{due, p}:
 		default: // more on the way than a link holds
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -127,4 +128,33 @@ func TestALinkCarriesBothWaysUntilItsDevicesAreClosed(t *testing.T) {
 		c.Close()
 	}
 	l.Close()
+}
+
+func TestWhatTheRateHoldsHoldsNothingElse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, a := net.Pipe()
+		far, b := net.Pipe()
+		// One packet of UDP takes a minute.
+		l := New(a, b, Settings{UDPRate: 800 / time.Minute.Seconds(), Queue: time.Minute})
+		began := time.Now()
+		for _, p := range [][]byte{packet(udp, 1, 2, 100), packet(tcp, 1, 2, 100)} {
+			if _, err := near.Write(p); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, want := range []struct {
+			protocol byte
+			after    time.Duration
+		}{{tcp, 0}, {udp, time.Minute}} {
+			got := make([]byte, 200)
+			n, err := far.Read(got)
+			if took := time.Since(began); n != 100 || err != nil || protocol(got) != want.protocol || took != want.after {
+				t.Errorf("%d bytes of protocol %d after %v, %v; want %+v", n, protocol(got), took, err, want)
+			}
+		}
+		for _, c := range []net.Conn{near, far, a, b} {
+			c.Close()
+		}
+		l.Close()
+	})
 }
