@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,8 @@ const (
 	maxInstance = 64 // bytes
 	// maxUnadmitted bounds candidates that have not been admitted yet.
 	maxUnadmitted = 1000
+	// proxiesFor is how long sidecars may believe what they are told of other cloud proxies.
+	proxiesFor = 24 * time.Hour
 	// defaultDrain is how long live sessions may take to finish at a stop.
 	defaultDrain = 30 * time.Second
 )
@@ -37,7 +40,7 @@ type Config struct {
 	Limits    session.Limits
 	Address   string             // HOST:PORT under which sidecars reach this very instance
 	Region    string             // told to sidecars; may be empty
-	Proxies   []tunnel.ProxyAddr // the proxy information; empty: this instance alone
+	Proxies   []tunnel.ProxyAddr // the proxy information, in order; empty: this instance alone. What has no Expires is good for a day
 	Lanes     int                // how many lanes serve a session best, told to sidecars; 0: they decide
 	Age       time.Duration      // how long a datagram may wait for a sidecar's path; 0: media.MaxAge
 	Hold      time.Duration      // how long a session lives without any connection; 0: session.DefaultHold
@@ -324,7 +327,13 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 }
 
 func (s *Server) welcome(l *live) wire.Welcome {
-	return wire.Welcome{Session: l.id, Limits: l.far.Limits(), Address: s.cfg.Address, Region: s.cfg.Region, Proxies: s.cfg.Proxies, Lanes: s.cfg.Lanes}
+	proxies := slices.Clone(s.cfg.Proxies)
+	for i := range proxies {
+		if p := &proxies[i]; p.Expires.IsZero() && p.Address != s.cfg.Address {
+			p.Expires = time.Now().Add(proxiesFor).UTC().Truncate(time.Second)
+		}
+	}
+	return wire.Welcome{Session: l.id, Limits: l.far.Limits(), Address: s.cfg.Address, Region: s.cfg.Region, Proxies: proxies, Lanes: s.cfg.Lanes}
 }
 
 // end ends a session once.

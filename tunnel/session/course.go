@@ -9,20 +9,21 @@ import (
 
 // course follows what comes of all associations.
 type course struct {
+	origin    time.Time
 	due, came atomic.Uint64
-	last      atomic.Int64 // when the last came, ns since the plane's origin; 0: none has
+	last      atomic.Int64 // when the last came, ns since origin; 0: none has
 	gap       atomic.Int64 // the longest time without one since it was last asked, ns
 }
 
 // fresh passes a number to its association's window, and counts.
-func (c *course) fresh(w *media.Window, number uint16, origin time.Time) bool {
+func (c *course) fresh(w *media.Window, number uint16) bool {
 	before := w.Due()
 	if !w.Fresh(number) {
 		return false
 	}
 	c.due.Add(w.Due() - before)
 	c.came.Add(1)
-	now := int64(time.Since(origin))
+	now := int64(time.Since(c.origin))
 	if last := c.last.Swap(now); last != 0 {
 		for gap := now - last; ; {
 			longest := c.gap.Load()
@@ -34,7 +35,7 @@ func (c *course) fresh(w *media.Window, number uint16, origin time.Time) bool {
 	return true
 }
 
-// Course is what has come to this end of all associations since the session began.
+// Course is what has come to the sidecar of all associations, in all sessions.
 type Course struct {
 	Due  uint64        // datagrams that should have come, by their numbers
 	Came uint64        // datagrams that came
@@ -49,11 +50,11 @@ func (c Course) Missing(since Course) uint64 {
 }
 
 // Course returns what has come so far. It is for one caller, since Gap begins anew.
-func (a *Attached) Course() Course {
-	p := a.plane
-	c := Course{Due: p.course.due.Load(), Came: p.course.came.Load(), Gap: time.Duration(p.course.gap.Swap(0))}
-	if last := p.course.last.Load(); last != 0 {
-		c.Last = p.origin.Add(time.Duration(last))
+func (n *Near) Course() Course {
+	o := n.course
+	c := Course{Due: o.due.Load(), Came: o.came.Load(), Gap: time.Duration(o.gap.Swap(0))}
+	if last := o.last.Load(); last != 0 {
+		c.Last = o.origin.Add(time.Duration(last))
 	}
 	return c
 }

@@ -32,6 +32,7 @@ type Near struct {
 	opening      atomic.Int64  // streams that are being opened
 	attached     atomic.Uint64 // sessions
 	up, down     counter       // datagrams
+	course       *course
 	sUp, sDown   atomic.Uint64
 
 	mu      sync.Mutex        // guards the fields below
@@ -51,7 +52,7 @@ func (c *counter) add(n int) {
 // NewNear makes a near end. age bounds how long a datagram may wait for a
 // blocked way; 0 means media.MaxAge.
 func NewNear(age time.Duration) *Near {
-	return &Near{age: age, pacer: bulk.New(), wanted: make(chan struct{}, 1), lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
+	return &Near{age: age, pacer: bulk.New(), wanted: make(chan struct{}, 1), course: &course{origin: time.Now()}, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
 }
 
 // SetLive says whether a channel is live: bulk then gives way to it at both ends.
@@ -123,24 +124,67 @@ type serving struct {
 }
 
 // Attach makes a session, that welcome has opened, the one that traffic goes
-// into. Associations of an earlier session are carried on, its streams are not.
-// Nothing passes before a carrier is added.
+// into: Prepare, and Adopt at once. Nothing passes before a carrier is added.
 func (n *Near) Attach(welcome wire.Welcome) *Attached {
+	a := n.Prepare(welcome)
+	a.Adopt()
+	return a
+}
+
+// Prepare makes a session, that welcome has opened, beside the one that traffic
+// goes into, so that it can be served before traffic goes into it.
+func (n *Near) Prepare(welcome wire.Welcome) *Attached {
 	a := &Attached{
 		near: n, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome,
 		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}), lines: map[*nearLine]struct{}{},
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.Background())
-	a.plane.live, a.plane.proved = n.live.Load, a.tellNews
+	a.plane.live, a.plane.proved, a.plane.course = n.live.Load, a.tellNews, n.course
 	a.line = a.newLine(controlNumber)
+	n.attached.Add(1)
+	return a
+}
+
+// Adopt makes the session the one that traffic goes into. Associations of an
+// earlier one are carried on, with other ports at the cloud proxy; what still
+// comes for them by the earlier one is delivered until that calls Release, or
+// ends. Its streams stay there.
+func (a *Attached) Adopt() {
+	n := a.near
 	n.mu.Lock()
+	defer n.mu.Unlock()
 	for _, p := range n.assocs {
 		p.attach(a)
 	}
 	n.current = a
-	n.mu.Unlock()
-	n.attached.Add(1)
-	return a
+}
+
+// Release lets go of the associations that another session has taken over. The
+// cloud proxy is told.
+func (a *Attached) Release() {
+	n := a.near
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.assocs {
+		if l := p.before; l != nil && l.plane == a.plane {
+			p.before = nil
+			l.plane.remove(l)
+			a.control.send(wire.Message{Closed: &wire.Closed{Association: p.id}})
+		}
+	}
+}
+
+// Streams is how many streams of apps the session carries.
+func (a *Attached) Streams() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n := 0
+	for line := range a.lines {
+		if line.number != controlNumber {
+			n++
+		}
+	}
+	return n
 }
 
 // AddCarrier makes a carrier, whose Open or Join has been granted, serve the
@@ -352,6 +396,7 @@ func (a *Attached) Run() error {
 	}
 	n.mu.Unlock()
 	a.plane.close()
+	a.Release()
 	a.work.Wait()
 	n.mu.Lock()
 	a.plane.lostTo(n.lost)
@@ -374,7 +419,7 @@ func (a *Attached) Leave() { a.control.send(wire.Message{End: &wire.End{}}) }
 func (a *Attached) handle(m wire.Message) error {
 	switch {
 	case m.Closed != nil:
-		a.near.end(m.Closed.Association, m.Closed.Err())
+		a.near.end(a, m.Closed.Association, m.Closed.Err())
 	case m.End != nil:
 		return m.End.Err()
 	case m.GoAway != nil:
@@ -383,10 +428,14 @@ func (a *Attached) handle(m wire.Message) error {
 	return nil // other messages come from a newer minor version
 }
 
-// end ends one association at the far end's word.
-func (n *Near) end(id uint32, why error) {
+// end ends one association at the word of the session's far end, if that has it.
+func (n *Near) end(a *Attached, id uint32, why error) {
 	n.mu.Lock()
 	p := n.assocs[id]
+	if p != nil && p.leg.Load().plane != a.plane { // another session has it by now
+		n.mu.Unlock()
+		return
+	}
 	delete(n.assocs, id)
 	n.mu.Unlock()
 	if p == nil {
@@ -550,14 +599,30 @@ type nearPackets struct {
 	by   tunnel.Peer
 	r    tunnel.Receiver
 	leg  atomic.Pointer[leg]
+	// before is the leg of the session before, by which something may still come;
+	// nil: none. Guarded by near.mu.
+	before *leg
 }
 
 // attach moves the association to a session. near.mu is held.
 func (p *nearPackets) attach(a *Attached) {
 	l := a.plane.add(&leg{plane: a.plane, id: p.id, held: p.by.Held, deliver: p.deliver, unreachable: p.unreachable})
-	if old := p.leg.Swap(l); old != nil {
-		old.plane.remove(old)
+	if p.before != nil {
+		p.before.plane.remove(p.before)
 	}
+	p.before = p.leg.Swap(l)
+}
+
+// forget takes the leg of the session before out. near.mu is not held.
+func (p *nearPackets) forget() *leg {
+	p.near.mu.Lock()
+	defer p.near.mu.Unlock()
+	l := p.before
+	p.before = nil
+	if l != nil && !l.plane.remove(l) {
+		return nil
+	}
+	return l
 }
 
 func (p *nearPackets) deliver(b []byte, at tunnel.Target) {
@@ -576,9 +641,13 @@ func (p *nearPackets) unreachable(at netip.AddrPort, err error) {
 // finish ends the association and says so to the receiver, after the last
 // deliver.
 func (p *nearPackets) finish(why error) {
+	before := p.forget()
 	l := p.leg.Load()
 	if l.plane.remove(l) {
 		l.wait()
+		if before != nil {
+			before.wait()
+		}
 		p.r.Closed(why)
 	}
 }
@@ -603,6 +672,7 @@ func (p *nearPackets) Close() error {
 	if !open {
 		return net.ErrClosed
 	}
+	p.forget()
 	l := p.leg.Load()
 	l.plane.remove(l)
 	if current != nil && current.plane == l.plane {

@@ -40,7 +40,7 @@ type plane struct {
 
 	using  atomic.Pointer[using]
 	moved  atomic.Uint64 // datagrams, both ways
-	course course
+	course *course
 
 	reports reports
 	cutter  media.Cutter
@@ -114,7 +114,7 @@ type leg struct {
 
 func newPlane(age time.Duration, drops *media.Drops, pacer *bulk.Pacer) *plane {
 	p := &plane{
-		age: age, drops: drops, pacer: pacer, origin: time.Now(), lost: map[string]uint64{},
+		course: &course{origin: time.Now()}, age: age, drops: drops, pacer: pacer, origin: time.Now(), lost: map[string]uint64{},
 		legs: map[uint32]*leg{}, in: map[uint16]inContext{}, out: map[uint16]*outContext{},
 	}
 	p.reports.plane, p.joiner.Drops = p, drops
@@ -447,7 +447,7 @@ func (p *plane) receive(y *way, record []byte) {
 	switch {
 	case l.ended.Load():
 		p.drops.Add(media.Unknown)
-	case !p.course.fresh(&l.window, h.Number, p.origin):
+	case !p.course.fresh(&l.window, h.Number):
 		p.drops.Add(media.Duplicate)
 	default:
 		l.deliver(payload, at)

@@ -97,6 +97,11 @@ func (r *reports) tick() {
 		}
 	}
 	r.mu.Lock()
+	if n := p.moved.Load(); n != r.moved || r.movedAt.IsZero() {
+		r.moved, r.movedAt = n, now
+	}
+	flows := now.Sub(r.movedAt) < mediaRest || active || live
+	often = often && flows // else two ends that rest would keep each other awake
 	due := often || trouble || now.UnixNano() < r.wish.Load() || now.Sub(r.told) > reportEvery-reportOften/2
 	if due {
 		r.told = now
@@ -112,12 +117,9 @@ func (r *reports) tick() {
 	if r.began.IsZero() {
 		r.began = now
 	}
-	if n := p.moved.Load(); n != r.moved || r.movedAt.IsZero() {
-		r.moved, r.movedAt = n, now
-	}
 	switch {
 	case r.ended:
-	case now.Sub(r.movedAt) < mediaRest || active || live || now.UnixNano() < r.wish.Load():
+	case flows || now.UnixNano() < r.wish.Load():
 		r.timer.Reset(reportOften)
 	default:
 		r.movedAt, r.began = time.Time{}, time.Time{}

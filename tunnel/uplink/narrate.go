@@ -13,6 +13,8 @@ const (
 	// again by then, and after toldLatest at the latest.
 	toldAfter  = time.Second
 	toldLatest = 5 * time.Second
+	// recently is how long ago a datagram may have come for a call to be there.
+	recently = 3 * time.Second
 	// usual is a gap between two datagrams that needs no explanation.
 	usual = 50 * time.Millisecond
 )
@@ -47,7 +49,7 @@ func (n *narrator) step(now time.Time, change *tunnel.Change, doubt, flowing boo
 	if change != nil {
 		told = append(told, n.finish(now)...)
 		n.open = change
-		if !flowing {
+		if !flowing && now.Sub(n.calm.Last) > recently {
 			told = append(told, *change)
 			n.open = nil
 		}

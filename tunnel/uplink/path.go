@@ -158,7 +158,10 @@ func (p *path) narrate(to string, cause tunnel.Code, why string) {
 	p.mu.Lock()
 	p.told = to == ""
 	p.mu.Unlock()
-	p.run.narrator.hear(c)
+	if p.run.left.Load() {
+		return
+	}
+	p.run.u.narrator.hear(c)
 	p.run.tell()
 }
 

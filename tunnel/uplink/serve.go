@@ -3,7 +3,9 @@ package uplink
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"culvert/tunnel"
@@ -38,6 +40,7 @@ type run struct {
 	at      *session.Attached
 	welcome wire.Welcome
 	address string // where joins go
+	asked   string // the cloud proxy by its address in the configuration, or as it was told of
 	mode    tunnel.Mode
 	udp     *path // nil: not allowed, or there is none
 	tcp     *path
@@ -45,13 +48,15 @@ type run struct {
 	over    chan error    // capacity 1: the session has ended
 
 	choose   chooser
-	narrator narrator
 	state    tunnel.LinkState
 	reported tunnel.LinkState // what was reported last
 	report   func(tunnel.LinkState)
-	served   bool      // datagrams have had a way
-	busyTill time.Time // TLS stays joined until then
-	lost     time.Time // since when no path serves the session; zero: one does
+	served   bool           // datagrams have had a way
+	busyTill time.Time      // TLS stays joined until then
+	adopt    *tunnel.Change // what is to be told when traffic goes into the session; nil: it does
+	move     mover
+	left     atomic.Bool // another session has taken over
+	lost     time.Time   // since when no path serves the session; zero: one does
 }
 
 func (r *run) tell() {
@@ -88,18 +93,25 @@ func (r *run) other(p *path) *path {
 	return r.udp
 }
 
-// serve carries a session until it ends or ctx does (it then returns nil), and
-// leaves nothing open. It returns why the session ended, and since when nothing
-// has passed.
-func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took time.Duration, report func(tunnel.LinkState)) (lost time.Time, err error) {
+// serve carries a session until it ends, until ctx does (it then returns nil),
+// or until another one at another cloud proxy is there to take over: then it
+// returns that, and what is open in this one goes on in the background. It
+// returns why the session ended, and since when nothing has passed.
+//
+// takesOver is told where the session takes over from one that still serves:
+// traffic goes into it only when it has a way for datagrams. nil: there is none.
+func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change, mode tunnel.Mode, took time.Duration, report func(tunnel.LinkState)) (next *granted, lost time.Time, err error) {
 	r := &run{
-		u: u, at: u.Attach(g.welcome), welcome: g.welcome, address: g.welcome.Address, mode: mode,
+		u: u, at: u.Prepare(g.welcome), adopt: takesOver, welcome: g.welcome, address: g.welcome.Address, mode: mode,
 		news: make(chan struct{}, 1), over: make(chan error, 1),
 	}
-	if r.address == "" {
+	if r.asked = g.address; r.address == "" {
 		r.address = g.address
 	}
-	r.narrator.course = r.at.Course
+	r.move = mover{found: make(chan *granted, 1)}
+	if takesOver == nil {
+		r.at.Adopt()
+	}
 	r.report = func(s tunnel.LinkState) {
 		r.reported = s
 		report(s)
@@ -138,8 +150,22 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		}
 		r.end(err)
 	})
-	err = r.loop(ctx)
-	r.tellChanges(r.narrator.finish(time.Now()))
+	next, err = r.loop(ctx)
+	r.move.stop()
+	if next != nil { // what is open here goes on
+		r.left.Store(true)
+		u.lingering.Go(func() {
+			r.linger(ctx)
+			r.at.End(errMoved)
+			cancel(errMoved)
+			wg.Wait()
+		})
+		return next, time.Time{}, nil
+	}
+	if r.adopt != nil { // it had no time to
+		r.at.Adopt()
+	}
+	r.tellChanges(u.narrator.finish(time.Now()))
 	if lost = r.lost; lost.IsZero() {
 		lost = time.Now()
 	}
@@ -155,7 +181,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 	r.at.End(why)
 	cancel(why)
 	wg.Wait()
-	return lost, err
+	return nil, lost, err
 }
 
 // leave lets the cloud proxy end the session, so that nothing is held for us.
@@ -172,20 +198,24 @@ func (r *run) leave() {
 
 var errStopped = errors.New("the sidecar has stopped")
 
-// loop looks and decides until the session or ctx ends.
-func (r *run) loop(ctx context.Context) error {
+// loop looks and decides until the session or ctx ends, or another one is there
+// to take over, which it returns.
+func (r *run) loop(ctx context.Context) (*granted, error) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	going := r.at.Going()
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return nil, nil
 		case err := <-r.over:
-			return wrapLost(err)
+			return nil, wrapLost(err)
+		case g := <-r.move.found:
+			return g, nil
 		case <-going:
 			going = nil
 			r.u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
+			r.move.begin(r, slices.DeleteFunc(r.u.others(r.address), func(a string) bool { return same(a, r.asked) }))
 		case <-r.news:
 		case <-r.at.News():
 		case <-r.u.Wanted():
@@ -199,8 +229,9 @@ func (r *run) loop(ctx context.Context) error {
 		case r.lost.IsZero():
 			r.lost = now
 		case now.Sub(r.lost) > session.DefaultHold, len(r.u.cfg.Proxies) > 1 && now.Sub(r.lost) > lonely:
-			return wrapLost(lost)
+			return nil, wrapLost(lost)
 		}
+		r.prefer(now)
 		timer.Reset(next)
 	}
 }
@@ -256,7 +287,13 @@ func (r *run) step(now time.Time) time.Duration {
 	if state != nil {
 		r.report(*state)
 	}
-	told, more := r.narrator.step(now, r.changed(now, was, o), !r.choose.doubt.IsZero(), v.flowing)
+	change := r.changed(now, was, o)
+	if r.adopt != nil && o.first != wire.NoWay {
+		r.at.Adopt()
+		change, r.adopt = r.adopt, nil
+		change.At = now
+	}
+	told, more := r.u.narrator.step(now, change, !r.choose.doubt.IsZero(), v.flowing)
 	r.tellChanges(told)
 	if more > 0 {
 		return min(o.next, more)
@@ -297,7 +334,7 @@ func (r *run) tellChanges(all []tunnel.Change) {
 	for _, c := range all {
 		s := r.reported
 		if s.Phase == "" {
-			s = r.state
+			s.Phase = tunnel.LinkConnecting // which is no news
 		}
 		s.Change = &c
 		r.report(s)

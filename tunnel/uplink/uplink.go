@@ -53,14 +53,20 @@ const (
 //	connect: for each cloud proxy: race ──► Open
 //	race:    QUIC ─────────────► first handshake wins; the other is dropped
 //	         150 ms ──► TLS ───►
+//	         and, when the cloud proxy says that it is going, the next one (move.go)
 //	serve:   each path (QUIC; TLS with its lanes) is joined while it is needed
 //	         (path.go, lanes.go), and datagrams go by the way that the chooser
 //	         names (choose.go)
 type Uplink struct {
 	*session.Near
-	cfg      Config
-	log      *slog.Logger
-	instance string // of this sidecar, for Open
+	cfg       Config
+	log       *slog.Logger
+	instance  string // of this sidecar, for Open
+	narrator  narrator
+	lingering sync.WaitGroup // sessions that another has taken over from
+
+	mu   sync.Mutex         // guards told
+	told []tunnel.ProxyAddr // cloud proxies that one of them has told of
 }
 
 // New checks the configuration.
@@ -88,7 +94,8 @@ func New(cfg Config) (*Uplink, error) {
 	if cfg.jitter == nil {
 		cfg.jitter = func(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 	}
-	return &Uplink{Near: session.NewNear(cfg.Age), cfg: cfg, log: cfg.Log, instance: fmt.Sprintf("%016x", rand.Uint64())}, nil
+	near := session.NewNear(cfg.Age)
+	return &Uplink{Near: near, cfg: cfg, log: cfg.Log, instance: fmt.Sprintf("%016x", rand.Uint64()), narrator: narrator{course: near.Course}}, nil
 }
 
 // Run implements tunnel.Link.
@@ -100,6 +107,7 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 			why = tunnel.Errorf(tunnel.ProxyStopped, "Culvert has been stopped; 'culvert start' starts it again")
 		}
 		u.EndAll(why)
+		u.lingering.Wait()
 	}()
 	var said tunnel.LinkState
 	say := func(state tunnel.LinkState) {
@@ -114,13 +122,21 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 	for {
 		var g *granted
 		trying := time.Now()
-		if g, err = u.connect(ctx, mode); err == nil {
+		if g, err = u.connect(ctx, mode, address); err == nil {
 			up := time.Now()
 			if everUp {
 				u.reopened(g, address, lost, say)
 			}
-			everUp, address = true, g.address
-			lost, err = u.serve(ctx, g, mode, up.Sub(trying), say)
+			everUp = true
+			took := up.Sub(trying)
+			var change *tunnel.Change
+			for g != nil {
+				address = g.address
+				g, lost, err = u.serve(ctx, g, change, mode, took, say)
+				if g != nil {
+					change, took = u.moved(address, g.address), 0
+				}
+			}
 			if lost.Sub(up) > maxBackoff { // else it may come and go as fast as it can
 				wait = firstBackoff
 			}
@@ -200,11 +216,12 @@ func final(err error, everUp bool) bool {
 	return false
 }
 
-// connect opens a session with the first cloud proxy that grants one.
-func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode) (*granted, error) {
+// connect opens a session with the first cloud proxy that grants one. after is
+// the one that served last, which comes last; "": none did.
+func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode, after string) (*granted, error) {
 	var first error // one that is not final before one that is
-	for _, address := range u.cfg.Proxies {
-		c, err := u.open(ctx, mode, address, maxRedirects)
+	for _, address := range u.candidates(after) {
+		c, err := u.try(ctx, mode, address)
 		if err == nil {
 			return c, nil
 		}
@@ -254,6 +271,7 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		cand.Close()
 		return nil, err
 	}
+	u.hear(address, m.Welcome.Proxies)
 	return &granted{cand, *m.Welcome, address, why}, nil
 }
 
@@ -264,6 +282,9 @@ func (u *Uplink) follow(ctx context.Context, mode tunnel.Mode, from string, to [
 	}
 	var err error
 	for _, next := range to[:min(len(to), maxRedirects)] {
+		if err = credible(from, next); err != nil {
+			continue
+		}
 		var c *granted
 		if c, err = u.open(ctx, mode, next, redirects-1); err == nil || ctx.Err() != nil {
 			return c, err

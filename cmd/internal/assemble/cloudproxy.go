@@ -31,6 +31,7 @@ type CloudProxyParts struct {
 	Listen      string // ADDRESS:PORT; port 0 is any that is free for UDP and TCP
 	Address     string // HOST:PORT; empty: where it listens
 	Region      string
+	Proxies     []tunnel.ProxyAddr // told to sidecars, in order; empty: this one alone
 	Certificate tls.Certificate
 	ResetKey    []byte // a secret; nil: none
 	ALPN        []string
@@ -83,6 +84,9 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 		Egress:  out,
 		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond},
 		MaxWait: time.Duration(c.Media.MaxWait), Drain: time.Duration(c.Drain), Log: log,
+	}
+	for _, other := range c.Proxies {
+		p.Proxies = append(p.Proxies, tunnel.ProxyAddr{Address: other.Address, Region: other.Region})
 	}
 	if c.ResetKey != "" {
 		if p.ResetKey, err = os.ReadFile(c.ResetKey); err != nil {
@@ -161,7 +165,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 			_, release, err := admission.Admit(ctx, o)
 			return c.resolve, release, err
 		},
-		Limits: p.Limits, Address: p.Address, Region: p.Region, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
+		Limits: p.Limits, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())

@@ -10,9 +10,10 @@ import (
 
 // CloudProxy is cloudproxy.yaml.
 type CloudProxy struct {
-	Listen      string        `yaml:"listen,omitempty"` // UDP and TCP
-	Address     string        `yaml:"address"`          // HOST:PORT under which sidecars reach this instance
-	Region      string        `yaml:"region,omitempty"` // told to sidecars
+	Listen      string        `yaml:"listen,omitempty"`        // UDP and TCP
+	Address     string        `yaml:"address"`                 // HOST:PORT under which sidecars reach this instance
+	Region      string        `yaml:"region,omitempty"`        // told to sidecars
+	Proxies     []Proxy       `yaml:"cloud_proxies,omitempty"` // told to sidecars, in order; empty: this one alone
 	Certificate Certificate   `yaml:"certificate"`
 	ResetKey    string        `yaml:"reset_key_file,omitempty"` // lets sidecars notice a restart at once
 	ALPN        List          `yaml:"alpn,omitempty"`
@@ -23,6 +24,12 @@ type CloudProxy struct {
 	Media       Media         `yaml:"media,omitempty"`
 	Drain       Duration      `yaml:"drain,omitempty"` // how long live calls may take to finish at a stop
 	Log         Log           `yaml:"log,omitempty"`
+}
+
+// Proxy is one of several cloud proxies that serve the same sidecars.
+type Proxy struct {
+	Address string `yaml:"address"` // HOST:PORT
+	Region  string `yaml:"region,omitempty"`
 }
 
 // Certificate is a chain and its key, as PEM files.
@@ -112,6 +119,13 @@ func (c *CloudProxy) Check() error {
 	c.Address = WithPort(c.Address)
 	if err := CheckAddress(c.Address); err != nil {
 		return field("address", err)
+	}
+	for i := range c.Proxies {
+		p := &c.Proxies[i]
+		p.Address = WithPort(p.Address)
+		if err := CheckAddress(p.Address); err != nil {
+			return field("cloud_proxies.address", err)
+		}
 	}
 	if err := c.Media.check(); err != nil {
 		return err
