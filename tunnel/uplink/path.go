@@ -44,6 +44,7 @@ type path struct {
 	since   time.Time      // when it was joined, or lost
 	failed  error          // of the last attempt; nil: it succeeded
 	fails   int            // in a row
+	worked  bool           // it has been joined in this session
 	later   time.Time      // not to be joined before
 	leave   error          // why the carrier has to go; nil: it may stay
 	drops   int            // how often it had to go
@@ -100,6 +101,13 @@ func (p *path) joined() tunnel.Carrier {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.carrier
+}
+
+// joinedSince returns the carrier, nil where there is none, and since when.
+func (p *path) joinedSince() (tunnel.Carrier, time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.carrier, p.since
 }
 
 // serving returns the carrier, nil where there is none, whether the path is
@@ -224,12 +232,14 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 // pause is how long to rest after so many failures in a row.
 func (p *path) pause(fails int) time.Duration {
 	p.mu.Lock()
-	urgent := p.urgent
+	urgent, worked := p.urgent, p.worked
 	p.mu.Unlock()
 	rest, most := time.Second, maxJoinRest
 	switch other := p.run.other(p); {
 	case urgent || other == nil || other.joined() == nil:
 		rest, most = joinStagger, time.Second // a call may be waiting; the session does not for long
+	case p.kind == "quic" && worked:
+		rest, most = udpAgain, goodUDPAgain
 	case p.kind == "quic": // it may never work here
 		rest, most = udpAgain, maxUDPAgain
 	}
@@ -253,7 +263,7 @@ func (p *path) serve(ctx context.Context, g *granted) error {
 	}
 	p.mu.Lock()
 	again := p.told
-	p.carrier, p.since, p.leave, p.failed = c, time.Now(), nil, nil
+	p.carrier, p.since, p.leave, p.failed, p.worked = c, time.Now(), nil, nil, true
 	p.mu.Unlock()
 	if again {
 		p.narrate(p.kind, tunnel.PathJoined, "")

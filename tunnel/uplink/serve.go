@@ -16,6 +16,9 @@ const (
 	// companionRest is how long TLS stays joined beside QUIC after the last
 	// stream or association.
 	companionRest = 30 * time.Second
+	// tcpDead is how long nothing comes over TCP until its connections are given
+	// up and streams go by UDP. A lane that lives is heard each 250 ms.
+	tcpDead = 1500 * time.Millisecond
 	// leaveTime bounds how long a stop waits for the cloud proxy to hear of it.
 	leaveTime = 500 * time.Millisecond
 	// lonely is how long a session may be without any carrier before another
@@ -52,6 +55,7 @@ type run struct {
 	served   bool      // datagrams have had a way
 	busyTill time.Time // TLS stays joined until then
 	lost     time.Time // since when no path serves the session; zero: one does
+	tcpHeard time.Time // when something last came by lanes
 }
 
 func (r *run) tell() {
@@ -327,7 +331,23 @@ func (r *run) needs(now time.Time, v view) {
 		lanes = min(max(r.u.cfg.Lanes, r.welcome.Lanes), maxLanes)
 	}
 	r.tcp.wantLanes(lanes)
+	if quiet := r.tcpQuiet(now, v); quiet > tcpDead {
+		r.tcp.drop(tunnel.Errorf(tunnel.PathSilent, "nothing came over TCP for %v, while UDP passes", quiet.Round(time.Millisecond)))
+	}
 	r.at.Prefer(r.tcp.joined())
+}
+
+// tcpQuiet is for how long nothing has come over TCP while UDP passes; 0: that
+// can not be told, as there is nothing to expect. TCP itself needs many seconds
+// to notice, in which streams stand still.
+func (r *run) tcpQuiet(now time.Time, v view) time.Duration {
+	c, since := r.tcp.joinedSince()
+	r.tcpHeard = later(later(r.tcpHeard, v.ways[wire.WayLanes].Heard), since)
+	w := r.choose.way
+	if c == nil || !v.flowing || w == wire.NoWay || w == wire.WayLanes || now.Sub(v.ways[w].Heard) > deaf {
+		return 0
+	}
+	return now.Sub(r.tcpHeard)
 }
 
 // describe returns the link's state where it has changed.
