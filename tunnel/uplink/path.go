@@ -77,6 +77,21 @@ func (p *path) pokeLanes() {
 	}
 }
 
+// enter begins to count failures anew, in a network where there were so many.
+func (p *path) enter(fails int) {
+	p.mu.Lock()
+	p.fails, p.worked, p.later = fails, p.carrier != nil, time.Time{}
+	p.mu.Unlock()
+	p.poke()
+}
+
+// failures returns how many there were in a row.
+func (p *path) failures() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.fails
+}
+
 // drop gives the carrier and its lanes up; where the path is wanted it joins
 // again.
 func (p *path) drop(why error) {

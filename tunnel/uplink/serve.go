@@ -56,6 +56,8 @@ type run struct {
 	busyTill time.Time // TLS stays joined until then
 	lost     time.Time // since when no path serves the session; zero: one does
 	tcpHeard time.Time // when something last came by lanes
+	network  string    // which it was when last asked, at asked
+	asked    time.Time
 }
 
 func (r *run) tell() {
@@ -118,6 +120,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 	if mode != tunnel.ModeUDP && u.cfg.TLS != nil {
 		r.tcp = &path{run: r, kind: "tls", dial: u.cfg.TLS, wake: make(chan struct{}, 1), lanesWake: make(chan struct{}, 1), wanted: r.udp == nil}
 	}
+	r.enter(time.Now())
 	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx)) // so that a stop can be told
 	var wg sync.WaitGroup
 	for _, p := range r.paths() {
@@ -125,7 +128,8 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		if p.kind != g.cand.Kind() {
 			first = nil
 			if p == r.udp { // which has just lost the race
-				p.later = time.Now().Add(udpAgain)
+				p.later = time.Now().Add(min(udpAgain<<min(p.fails, 10), maxUDPAgain))
+				p.fails++
 			}
 		} else {
 			p.wanted, p.granted = true, true
@@ -156,10 +160,54 @@ func (u *Uplink) serve(ctx context.Context, g *granted, mode tunnel.Mode, took t
 		s.Change = &tunnel.Change{At: time.Now(), What: tunnel.ChangedSession, From: g.welcome.Session, Cause: tunnel.CodeOf(err), Why: tunnel.Sentence(err)}
 		report(s)
 	}
+	r.remember()
 	r.at.End(why)
 	cancel(why)
 	wg.Wait()
 	return lost, err
+}
+
+// networkEvery is how often the network is asked for.
+const networkEvery = 2 * time.Second
+
+// enter finds out in which network the session is, and takes what is known of it.
+func (r *run) enter(now time.Time) {
+	r.asked, r.network = now, r.u.cfg.Network(r.state.Remote)
+	known := r.u.memory.of(r.network)
+	r.choose.again = known.again
+	if r.state.Carrier == "quic" && r.choose.way == wire.NoWay { // UDP has just passed
+		for i := range r.choose.again {
+			r.choose.again[i].at = time.Time{}
+		}
+	}
+	if r.udp != nil {
+		r.udp.enter(known.fails)
+	}
+}
+
+// remember keeps what was found in the network that the session is in.
+func (r *run) remember() {
+	known := remembered{again: r.choose.again}
+	for i := range known.again {
+		known.again[i].back = false
+	}
+	if r.udp != nil {
+		known.fails = r.udp.failures()
+	}
+	r.u.memory.keep(r.network, known)
+}
+
+// follow sees to it that what was found in one network is not held against
+// another.
+func (r *run) follow(now time.Time) {
+	if now.Sub(r.asked) < networkEvery {
+		return
+	}
+	r.asked = now
+	if network := r.u.cfg.Network(r.state.Remote); network != "" && network != r.network {
+		r.remember()
+		r.enter(now)
+	}
 }
 
 // leave lets the cloud proxy end the session, so that nothing is held for us.
@@ -235,6 +283,7 @@ func (r *run) mute() error {
 
 // step has the chooser look, does what it orders, and returns when to look again.
 func (r *run) step(now time.Time) time.Duration {
+	r.follow(now)
 	v := view{now: now, live: r.u.Busy(), flowing: r.at.Reporting()}
 	for w := range v.ways {
 		v.ways[w] = r.at.Way(wire.Way(w))
@@ -314,8 +363,9 @@ func (r *run) needs(now time.Time, v view) {
 	if r.u.Streaming() || v.live {
 		r.busyTill = now.Add(companionRest)
 	}
-	if r.udp != nil { // datagrams go by lanes and nothing comes, or they have no way: UDP may pass by now
-		r.udp.want(true, v.live && (r.choose.way == wire.NoWay || r.choose.way == wire.WayLanes && !r.choose.doubt.IsZero()))
+	if r.udp != nil { // datagrams go by lanes and nothing comes, or their way is lost: UDP may pass by now
+		lost := r.choose.way == wire.NoWay && !r.choose.since.IsZero()
+		r.udp.want(true, v.live && (lost || r.choose.way == wire.WayLanes && !r.choose.doubt.IsZero()))
 	}
 	if r.tcp == nil {
 		return
