@@ -31,6 +31,7 @@ type faults struct {
 	Machine string    `json:"machine"`
 	Version string    `json:"version"`
 	Rows    []fault   `json:"rows"`
+	Failed  int       `json:"failed"` // runs in which any of the tests failed
 }
 
 // fault is one figure of all runs.
@@ -114,6 +115,9 @@ func (r faults) markdown() string {
 		fmt.Fprintf(&b, "| %s | %s | %d | %.0f | %.0f | ≤ %.0f | %.0f | ≤ %.0f | %s |\n",
 			strings.ReplaceAll(name, "_", " "), f.What, len(f.Ms), q.P50, q.P95, f.Usual, q.Max, f.Most, f.outcome())
 	}
+	if r.Failed > 0 {
+		fmt.Fprintf(&b, "\nA test failed in %d runs.\n", r.Failed)
+	}
 	fmt.Fprintf(&b, "\n%s, %s, %s\n", r.Date.Format("2 January 2006 15:04"), r.Version, r.Machine)
 	return b.String()
 }
@@ -162,9 +166,9 @@ func (b *bench) faults(runs int, only string) error {
 
 // run runs the tests once.
 func (r *faults) run(name string) error {
-	cmd := exec.Command("go", "test", "-json", "-count", "1", "-timeout", "20m", "-run", name, "./cmd/...")
+	cmd := exec.Command("go", "test", "-json", "-count", "1", "-timeout", "30m", "-run", name, "./cmd/...")
 	cmd.Dir = "../.."
-	cmd.Env = append(os.Environ(), "CI=true") // nothing is left out
+	cmd.Env = append(os.Environ(), "CI=true", "CULVERT_FAULTS_LONG=1") // nothing is left out or cut short
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -192,6 +196,9 @@ func (r *faults) run(name string) error {
 	}
 	if err := cmd.Wait(); err != nil && len(failed) == 0 {
 		return fmt.Errorf("go test: %w", err)
+	}
+	if len(failed) > 0 {
+		r.Failed++
 	}
 	for _, test := range failed {
 		r.fail(test)
