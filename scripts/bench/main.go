@@ -36,7 +36,7 @@ import (
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("bench: ")
-	quick := flag.Bool("quick", false, "a third of the time: a look, no figures to publish")
+	quick := flag.Bool("quick", false, "a third of the time: a look, no figures to publish; of faults, the lengths that CI has time for")
 	only := flag.String("only", "", "these `rows` alone, separated by commas")
 	who := flag.String("who", "", "these `subjects` alone, separated by commas")
 	rounds := flag.Int("rounds", 1, "measure each row so often, in turns, and take the middle")
