@@ -3,6 +3,7 @@ package main
 import (
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -23,14 +24,22 @@ type outlive struct {
 	far    *netcall.Far
 	call   *netcall.Call
 	stalls func(from, to time.Time) time.Duration
+
+	sidecar *exec.Cmd
 }
 
 func newOutlive(t *testing.T, bin string, args ...string) *outlive {
 	t.Helper()
+	return newOutliveWith(t, bin, func(string) {}, args...)
+}
+
+// newOutliveWith is newOutlive with a configuration that is changed before it is used.
+func newOutliveWith(t *testing.T, bin string, change func(dir string), args ...string) *outlive {
+	t.Helper()
 	pair, l := netpair.NewBad(t, link.Settings{Delay: outliveDelay})
-	o := &outlive{only443: newOnly443On(t, bin, pair), link: l, stalls: callStalls(t)}
+	o := &outlive{only443: newOnly443On(t, bin, pair, change), link: l, stalls: callStalls(t)}
 	o.far = netcall.NewFar(t, pair.Far)
-	o.start(pair.Near, append([]string{o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket}, args...)...)
+	o.sidecar = o.start(pair.Near, append([]string{o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket}, args...)...)
 	runReady(t, o.socket)
 	return o
 }
@@ -57,19 +66,37 @@ func (o *outlive) goesBy(way string) time.Duration {
 	return time.Since(began)
 }
 
+// outliveLong asks for the lengths that figures are published of; without it
+// they are what CI has time for.
+const outliveLong = "CULVERT_FAULTS_LONG"
+
+// lasts is how long something lasts.
+func lasts(usually, long time.Duration) time.Duration {
+	if os.Getenv(outliveLong) != "" {
+		return long
+	}
+	return usually
+}
+
 // settle lets some time go by, never quite the same: what happens next must not
 // depend on where a timer stands.
 func settle() { time.Sleep(2*time.Second + rand.N(500*time.Millisecond)) }
 
-// within holds a figure against a bound. What this process was held up
-// meanwhile comes on top, thrice: it is link, app and far end, and both
-// commands share the machine with it.
+// within holds a figure against a bound.
 func (o *outlive) within(what string, figure, bound time.Duration, from, to time.Time) {
 	o.t.Helper()
+	o.mostly(what, figure, bound, bound, from, to)
+}
+
+// mostly is within, with a second bound for 95 % of many runs. What this process
+// was held up meanwhile comes on top, thrice: it is link, app and far end, and
+// both commands share the machine with it.
+func (o *outlive) mostly(what string, figure, usual, most time.Duration, from, to time.Time) {
+	o.t.Helper()
+	netcall.Figure(o.t, what, figure, usual, most)
 	held := o.stalls(from, to)
-	o.t.Logf("%s: %v, at most %v (the machine stood still for %v)", what, figure.Round(time.Millisecond), bound, held.Round(time.Millisecond))
-	if figure > bound+3*held {
-		o.t.Errorf("%s: %v, want at most %v", what, figure, bound)
+	if figure > most+3*held {
+		o.t.Errorf("%s: %v, want at most %v (the machine stood still for %v)", what, figure, most, held)
 	}
 }
 
@@ -131,9 +158,10 @@ func TestACallOutlivesItsPath(t *testing.T) {
 		off := time.Now()
 		o.link.Change(func(s *link.Settings) { s.NoUDP = true })
 		o.goesBy("lanes")
-		time.Sleep(time.Until(off.Add(10 * time.Second)))
+		// QUIC's own connection has ended by then, and has to be made again.
+		time.Sleep(time.Until(off.Add(lasts(12*time.Second, 40*time.Second))))
 		on := time.Now()
-		o.within("the gap when UDP is off", o.call.Gap(off, on), 2*time.Second, off, on)
+		o.mostly("the gap when UDP is off", o.call.Gap(off, on), time.Second, 2*time.Second, off, on)
 		o.link.Change(func(s *link.Settings) { s.NoUDP = false })
 		took := o.goesBy("sealed")
 		time.Sleep(2 * time.Second)
@@ -230,7 +258,7 @@ func TestACallOutlivesItsPath(t *testing.T) {
 		before := o.link.Counts()
 		began := time.Now()
 		var worst time.Duration
-		for range 10 {
+		for time.Since(began) < lasts(10*time.Second, time.Minute) {
 			at := time.Now()
 			o.link.Rebind()
 			time.Sleep(time.Second)

@@ -57,7 +57,7 @@ func (o *outlive) streams(ends chan<- error) (at netip.AddrPort) {
 			mu.Unlock()
 			wg.Go(func() {
 				defer c.Close()
-				if err := outliveServe(c.(*net.TCPConn), ends); err != nil {
+				if err := outliveServe(c.(*net.TCPConn), ends); err != nil && !errors.Is(err, net.ErrClosed) {
 					o.t.Logf("a connection at the far end: %v", err)
 				}
 			})

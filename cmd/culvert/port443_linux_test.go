@@ -40,20 +40,25 @@ type only443 struct {
 	culvert  string // the program
 	udp, tcp uint16 // ports of the echo, on the far end's loopback
 	socket   string
+	clouds   []*exec.Cmd
 }
 
 func newOnly443(t *testing.T, bin string) *only443 { return newOnly443On(t, bin, netpair.New(t)) }
 
-// newOnly443On is newOnly443 on a pair that is there already.
-func newOnly443On(t *testing.T, bin string, pair *netpair.Pair) *only443 {
+// newOnly443On is newOnly443 on a pair that is there already; change may alter the
+// configuration before it is used.
+func newOnly443On(t *testing.T, bin string, pair *netpair.Pair, change ...func(dir string)) *only443 {
 	t.Helper()
 	o := &only443{t: t, pair: pair, dir: t.TempDir(), culvert: filepath.Join(bin, "culvert"), socket: runSocket(t)}
 	cloud := filepath.Join(bin, "culvert-cloudproxy")
 	if out, err := exec.Command(cloud, "init", "--host", netpair.FarAddr.String(), "--dir", o.dir, "--allow", "127.0.0.0/8").CombinedOutput(); err != nil {
 		t.Fatalf("init: %v\n%s", err, out)
 	}
+	for _, f := range change {
+		f(o.dir)
+	}
 	o.echo()
-	o.start(o.pair.Far, cloud, "run", "-c", filepath.Join(o.dir, "cloudproxy.yaml"))
+	o.clouds = append(o.clouds, o.start(o.pair.Far, cloud, "run", "-c", filepath.Join(o.dir, "cloudproxy.yaml")))
 	at := netip.AddrPortFrom(netpair.FarAddr, 443).String()
 	runEventually(t, "the cloud proxy listens", func() bool {
 		return o.pair.Far.Do(func() error {
@@ -68,7 +73,7 @@ func newOnly443On(t *testing.T, bin string, pair *netpair.Pair) *only443 {
 }
 
 // start starts a program whose log is shown when the test has failed.
-func (o *only443) start(at *netpair.Space, args ...string) {
+func (o *only443) start(at *netpair.Space, args ...string) *exec.Cmd {
 	log := &cmdtest.Text{}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
@@ -78,6 +83,7 @@ func (o *only443) start(at *netpair.Space, args ...string) {
 		}
 	})
 	at.Start(o.t, cmd)
+	return cmd
 }
 
 // echo answers datagrams and streams, where only the cloud proxy comes to.

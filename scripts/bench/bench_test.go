@@ -145,14 +145,14 @@ func TestReportMergesSavesAndPublishes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	once, err := publish(string(readme), text)
+	once, err := publish(string(readme), figuresMarks, text)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if twice, err := publish(once, text); err != nil || twice != once || !strings.Contains(once, text) {
+	if twice, err := publish(once, figuresMarks, text); err != nil || twice != once || !strings.Contains(once, text) {
 		t.Errorf("publishing twice differs: %v", err)
 	}
-	if _, err := publish("no marks", text); err == nil {
+	if _, err := publish("no marks", faultsMarks, text); err == nil {
 		t.Error("a README without marks was changed")
 	}
 }

@@ -2,6 +2,7 @@
 // yardsticks, and those of its peers that are on PATH, all in one run.
 //
 //	cd scripts/bench && go run . [-quick] [-only cpu,loss3] [-rounds 3] [-out DIR]
+//	cd scripts/bench && go run . -faults 20 [-only SUBTEST] [-out DIR]
 //
 // It builds this tree, and prints a table of what must be reached and of what
 // was. DIR gets it as table.md, all figures as results.json, and a picture of
@@ -35,12 +36,13 @@ import (
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("bench: ")
-	quick := flag.Bool("quick", false, "a third of the time: a look, no figures to publish")
+	quick := flag.Bool("quick", false, "a third of the time: a look, no figures to publish; of faults, the lengths that CI has time for")
 	only := flag.String("only", "", "these `rows` alone, separated by commas")
 	who := flag.String("who", "", "these `subjects` alone, separated by commas")
 	rounds := flag.Int("rounds", 1, "measure each row so often, in turns, and take the middle")
 	out := flag.String("out", "", "the `folder` for results.json, table.md and pictures; rows that are there already stay (default: bench-results)")
 	publish := flag.Bool("publish", false, "write to last/ and put the figures into README.md")
+	faults := flag.Int("faults", 0, "repeat the project's tests of what a call outlives so `often`, instead of all rows; -only then names a subtest")
 	list := flag.Bool("list", false, "say what rows there are")
 	flag.Parse()
 	if *list {
@@ -56,7 +58,13 @@ func main() {
 		}
 	}
 	b := bench{quick: *quick, rounds: max(*rounds, 1), out: *out, publish: *publish}
-	if err := b.run(words(*only), words(*who)); err != nil {
+	var err error
+	if *faults > 0 {
+		err = b.faults(*faults, *only)
+	} else {
+		err = b.run(words(*only), words(*who))
+	}
+	if err != nil {
 		log.Fatal(err)
 	}
 }
@@ -104,9 +112,7 @@ func (b *bench) run(only, who []string) error {
 		return err
 	}
 	b.machine, b.version = machine(), version()
-	stop := make(chan os.Signal, 1)
-	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
-	go func() { <-stop; b.stopped.Store(true) }()
+	b.watchStop()
 	for _, r := range chosen {
 		if b.quick {
 			r = r.quick()
@@ -123,6 +129,13 @@ func (b *bench) run(only, who []string) error {
 	}
 	fmt.Println(all.bars())
 	return nil
+}
+
+// watchStop lets a signal end the run after what is being measured.
+func (b *bench) watchStop() {
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	go func() { <-stop; b.stopped.Store(true) }()
 }
 
 // choose returns the rows to measure, with the subjects that can be.
@@ -279,15 +292,7 @@ func (b *bench) save(r row, all report, next rowReport) error {
 	if !b.publish {
 		return nil
 	}
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		return err
-	}
-	text, err := publish(string(readme), all.markdown(filepath.ToSlash(b.out)))
-	if err != nil {
-		return err
-	}
-	return os.WriteFile("README.md", []byte(text), 0o644)
+	return publishIn("README.md", figuresMarks, all.markdown(filepath.ToSlash(b.out)))
 }
 
 // quick is the row in about a third of its time; what happens to the link happens sooner.

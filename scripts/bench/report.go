@@ -188,18 +188,32 @@ func (r report) markdown(pictures string) string {
 	return b.String()
 }
 
-// Marks in the README, between which the figures stand.
-const (
-	figuresBegin = "<!-- figures: go run . -publish -->\n"
-	figuresEnd   = "<!-- end of figures -->\n"
+// marks stand in the README around what is published.
+type marks struct{ begin, end string }
+
+var (
+	figuresMarks = marks{"<!-- figures: go run . -publish -->\n", "<!-- end of figures -->\n"}
+	faultsMarks  = marks{"<!-- faults: go run . -faults 20 -publish -->\n", "<!-- end of faults -->\n"}
 )
 
 // publish puts text between the marks of the README.
-func publish(readme, text string) (string, error) {
-	before, rest, ok := strings.Cut(readme, figuresBegin)
-	_, after, ok2 := strings.Cut(rest, figuresEnd)
+func publish(readme string, m marks, text string) (string, error) {
+	before, rest, ok := strings.Cut(readme, m.begin)
+	_, after, ok2 := strings.Cut(rest, m.end)
 	if !ok || !ok2 {
-		return "", fmt.Errorf("the README lacks the lines %q and %q", strings.TrimSpace(figuresBegin), strings.TrimSpace(figuresEnd))
+		return "", fmt.Errorf("the README lacks the lines %q and %q", strings.TrimSpace(m.begin), strings.TrimSpace(m.end))
 	}
-	return before + figuresBegin + "\n" + text + "\n" + figuresEnd + after, nil
+	return before + m.begin + "\n" + text + "\n" + m.end + after, nil
+}
+
+func publishIn(file string, m marks, text string) error {
+	readme, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	next, err := publish(string(readme), m, text)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, []byte(next), 0o644)
 }

@@ -97,7 +97,9 @@ type Conn struct {
 	closed    bool // by Close: nothing is read any more
 	stopSaid  bool // on this carrier stream
 	stopped   bool // the peer reads no more
-	resetting bool // err has to be told to the peer
+	resetting bool // err has to be told to the peer, until it answers
+	resetSaid bool // on this carrier stream
+	lastWord  bool // and is not answered: it answers the peer's, or the peer breaks the rules
 
 	readBy, writeBy deadline
 }
@@ -179,7 +181,7 @@ var errLeft = tunnel.Errorf(tunnel.PathLost, "the stream goes on elsewhere")
 // leaveLocked gives the carrier stream up; the caller aborts it.
 func (c *Conn) leaveLocked() (old tunnel.Stream) {
 	old = c.under
-	c.under, c.in, c.left, c.broken = nil, nil, 0, nil
+	c.under, c.in, c.left, c.broken, c.resetSaid = nil, nil, 0, nil, false
 	c.generation++
 	return old
 }
@@ -191,7 +193,7 @@ func (c *Conn) lostLocked(generation int, err error) {
 	}
 	old := c.leaveLocked()
 	go old.Abort(errLeft)
-	if c.err != nil && c.cfg.Detached == nil { // the peer can not be told any more
+	if c.lastWord { // where the peer still waits for it, it is told that there is no stream
 		c.overLocked(false)
 		return
 	}
@@ -248,6 +250,7 @@ func (c *Conn) failLocked(why error, tell bool) {
 		return
 	}
 	c.err = why
+	c.lastWord = c.lastWord || why == errFrame
 	for _, k := range c.chunks {
 		k.free()
 	}
@@ -255,7 +258,7 @@ func (c *Conn) failLocked(why error, tell bool) {
 	if !c.ended {
 		c.kept = nil
 	}
-	if c.resetting = tell && (c.under != nil || c.cfg.Detached != nil); c.resetting {
+	if c.resetting = tell && (c.under != nil || !c.lastWord); c.resetting {
 		c.expiry.Reset(c.cfg.Limit)
 		c.kickLocked()
 	} else {
@@ -411,7 +414,12 @@ func (c *Conn) heedLocked(f frame) {
 		}
 		c.failWritesLocked()
 	case frameReset:
-		c.failLocked(tunnel.Errorf(f.code, "the other end aborted the stream"), false)
+		if c.resetting { // this is its answer, or both say the same
+			c.overLocked(true)
+			return
+		}
+		c.lastWord = true
+		c.failLocked(tunnel.Errorf(f.code, "the other end aborted the stream"), true)
 	}
 	c.settleLocked()
 }
@@ -488,7 +496,7 @@ func (c *Conn) waitLocked() {
 // owedLocked reports whether the peer has something to say that must be heard
 // although nobody reads: acknowledgements, or that the carrier stream is lost.
 func (c *Conn) owedLocked() bool {
-	return c.waiting > 0 || c.closed || c.broken != nil || c.base < c.end || c.endSaid && c.base == c.end
+	return c.waiting > 0 || c.closed || c.resetting || c.broken != nil || c.base < c.end || c.endSaid && c.base == c.end
 }
 
 // readOnLocked sees to it that somebody reads.
@@ -529,7 +537,7 @@ func (c *Conn) pull() {
 		}
 		c.under.SetReadDeadline(time.Time{})
 		n := c.pullLocked(buf)
-		if c.closed {
+		if c.closed || c.err != nil {
 			c.taken += uint64(n) // nobody wants it
 		} else {
 			c.kept = append(c.kept, buf[:n]...)
@@ -550,7 +558,10 @@ func (c *Conn) kickLocked() {
 }
 
 func (c *Conn) pendingLocked() bool {
-	return c.broken == nil && (c.resetting || c.ackDue || c.sent < c.end || c.endSaid && c.sent == c.end || c.closed && !c.stopSaid)
+	if c.resetting {
+		return c.broken == nil && !c.resetSaid
+	}
+	return c.broken == nil && (c.ackDue || c.sent < c.end || c.endSaid && c.sent == c.end || c.closed && !c.stopSaid)
 }
 
 // pump sends until there is nothing to send or the carrier stream is lost.
@@ -570,7 +581,7 @@ func (c *Conn) pump() {
 		switch {
 		case err != nil:
 			c.breakLocked(generation, err)
-		case c.resetting && generation == c.generation:
+		case c.resetSaid && c.lastWord && generation == c.generation:
 			c.overLocked(true)
 		}
 		c.cond.Broadcast()
@@ -586,6 +597,7 @@ func (c *Conn) pump() {
 func (c *Conn) nextLocked(b []byte) (out []byte, of *chunk) {
 	switch {
 	case c.resetting:
+		c.resetSaid = true
 		return appendReset(b, tunnel.CodeOf(c.err)), nil
 	case c.ackDue || c.sent < c.end && c.taken > c.acked:
 		c.ackDue, c.acked, c.pieces = false, c.taken, 0

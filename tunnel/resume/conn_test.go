@@ -28,6 +28,7 @@ type path struct {
 	cc, sc    tunnel.Carrier
 	mu        sync.Mutex
 	under     []tunnel.Stream // of this moment, both ends'
+	ends      []*cutting      // around them
 	cuts      int
 	lossy     *rand.Rand
 	ended     bool
@@ -71,12 +72,16 @@ func newPath(t *testing.T) *path {
 type cutting struct {
 	tunnel.Stream
 	mu   sync.Mutex
-	left int // -1: it does not break
+	left int  // -1: it does not break
+	dead bool // it takes everything, and nothing arrives
 }
 
 func (s *cutting) Write(b []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.dead {
+		return len(b), nil
+	}
 	if s.left >= 0 && len(b) > s.left {
 		n, _ := s.Stream.Write(b[:s.left])
 		s.left = 0
@@ -117,7 +122,7 @@ func (p *path) join() {
 			near.left = p.lossy.IntN(10)
 		}
 	}
-	p.under = []tunnel.Stream{s, r}
+	p.under, p.ends = []tunnel.Stream{s, r}, []*cutting{near, far}
 	p.mu.Unlock()
 	a, b := p.near.Detach(), p.far.Detach()
 	p.far.Attach(far, a)
@@ -215,6 +220,38 @@ func TestAnAbortCrossesACut(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	<-p.far.Done()
+}
+
+// A dead path takes what is written for some seconds.
+func TestAnAbortIntoADeadPathIsSaidAgain(t *testing.T) {
+	for name, ends := range map[string]func(p *path) (aborts, hears *Conn, dead int){
+		"near": func(p *path) (*Conn, *Conn, int) { return p.near, p.far, 0 },
+		"far":  func(p *path) (*Conn, *Conn, int) { return p.far, p.near, 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newPath(t)
+				aborts, hears, dead := ends(p)
+				p.mu.Lock()
+				p.ends[dead].mu.Lock()
+				p.ends[dead].dead = true
+				p.ends[dead].mu.Unlock()
+				p.mu.Unlock()
+				aborts.Abort(tunnel.Errorf(tunnel.PolicyDenied, "no"))
+				began := time.Now()
+				time.Sleep(5 * time.Second)
+				p.cut()
+				if _, err := hears.Read(make([]byte, 1)); tunnel.CodeOf(err) != tunnel.PolicyDenied {
+					t.Errorf("%v after %v", err, time.Since(began))
+				}
+				<-hears.Done()
+				<-aborts.Done()
+				if took := time.Since(began); took > 6*time.Second {
+					t.Errorf("it took %v", took)
+				}
+			})
+		})
+	}
 }
 
 func TestACloseEndsThePeersWrites(t *testing.T) {

@@ -83,13 +83,17 @@ type orders struct {
 // A chooser decides how a session's datagrams go, by payload that arrived. It
 // is pure: it is shown what is known and gives orders.
 //
-//	          short and long probes answered
+//	          short and long probes answered,
+//	          and a load where it was strained
 //	lanes ───────────────────────────────────► sealed ◄──┐
 //	  ▲ ▲                                        │       │ answered, after 2 s, 4 s … 1 min
 //	  │ │ nothing comes by it for 600 ms, or it  │       │
 //	  │ │ loses all, and something comes by      ▼       │
 //	  │ └────────────────────────────────────── quic-datagram
 //	  └── the same; or UDP is overloaded, and nothing waits on lanes
+//
+// Lanes are left for UDP after 5 s, then each 15 s; after a minute or more
+// where it was used again and left soon; and after up to five where it never worked.
 //
 // From 300 ms of silence on all ways are asked every 50 ms; from 600 ms on, and
 // for 2 s after a change, what is small goes by both, unless delay rose first.
@@ -305,7 +309,7 @@ func (c *chooser) watch(v view, o *orders) {
 		return
 	}
 	if c.also == wire.NoWay && c.both.Before(c.doubt) && !c.congested {
-		for _, w := range order {
+		for _, w := range [...]wire.Way{wire.WayLanes, wire.WaySealed, wire.WayDatagram} { // first the other family
 			if w != c.way && v.ways[w].Present {
 				c.also, c.both = w, v.now.Add(bothTime)
 				return

@@ -170,6 +170,27 @@ func TestTheChooser(t *testing.T) {
 				w.t.Fatalf("datagrams go by %v", w.last.first)
 			}
 		},
+		"where delay had risen before the silence nothing is sent twice": func(w *world) {
+			w.pass(second)
+			w.ways[sealed].Delay = 60 * time.Millisecond
+			w.pass(100 * time.Millisecond)
+			w.cut(sealed, datagram, lanes)
+			for range 20 {
+				w.pass(100 * time.Millisecond)
+				w.uses(sealed, wire.NoWay)
+			}
+			w.passes[lanes] = all
+			w.pass(200 * time.Millisecond)
+			w.uses(lanes, wire.NoWay)
+		},
+		"in doubt small datagrams go by two ways, for two seconds": func(w *world) {
+			w.pass(second)
+			w.cut(sealed, datagram, lanes)
+			w.pass(750 * time.Millisecond)
+			w.uses(sealed, lanes)
+			w.pass(2 * second)
+			w.uses(sealed, wire.NoWay)
+		},
 		"a link that is down altogether keeps its way": func(w *world) {
 			w.pass(second)
 			w.cut(sealed, datagram, lanes)

@@ -188,7 +188,7 @@ func (m *mover) stop() {
 func (r *run) prefer(now time.Time) {
 	m := &r.move
 	better := r.u.cfg.Proxies
-	if i := slices.IndexFunc(better, func(a string) bool { return same(a, r.asked) }); i >= 0 {
+	if i := slices.IndexFunc(better, func(a string) bool { return same(a, r.named) }); i >= 0 {
 		better = better[:i]
 	}
 	if len(better) == 0 || r.u.Busy() || r.u.Streaming() || m.cancel != nil {

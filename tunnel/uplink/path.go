@@ -44,6 +44,7 @@ type path struct {
 	since   time.Time      // when it was joined, or lost
 	failed  error          // of the last attempt; nil: it succeeded
 	fails   int            // in a row
+	worked  bool           // it has been joined in this session
 	later   time.Time      // not to be joined before
 	leave   error          // why the carrier has to go; nil: it may stay
 	drops   int            // how often it had to go
@@ -76,6 +77,21 @@ func (p *path) pokeLanes() {
 	}
 }
 
+// enter begins to count failures anew, in a network where there were so many.
+func (p *path) enter(fails int) {
+	p.mu.Lock()
+	p.fails, p.worked, p.later = fails, p.carrier != nil, time.Time{}
+	p.mu.Unlock()
+	p.poke()
+}
+
+// failures returns how many there were in a row.
+func (p *path) failures() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.fails
+}
+
 // drop gives the carrier and its lanes up; where the path is wanted it joins
 // again.
 func (p *path) drop(why error) {
@@ -100,6 +116,13 @@ func (p *path) joined() tunnel.Carrier {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.carrier
+}
+
+// joinedSince returns the carrier, nil where there is none, and since when.
+func (p *path) joinedSince() (tunnel.Carrier, time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.carrier, p.since
 }
 
 // serving returns the carrier, nil where there is none, whether the path is
@@ -227,12 +250,14 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 // pause is how long to rest after so many failures in a row.
 func (p *path) pause(fails int) time.Duration {
 	p.mu.Lock()
-	urgent := p.urgent
+	urgent, worked := p.urgent, p.worked
 	p.mu.Unlock()
 	rest, most := time.Second, maxJoinRest
 	switch other := p.run.other(p); {
 	case urgent || other == nil || other.joined() == nil:
 		rest, most = joinStagger, time.Second // a call may be waiting; the session does not for long
+	case p.kind == "quic" && worked:
+		rest, most = udpAgain, goodUDPAgain
 	case p.kind == "quic": // it may never work here
 		rest, most = udpAgain, maxUDPAgain
 	}
@@ -256,7 +281,7 @@ func (p *path) serve(ctx context.Context, g *granted) error {
 	}
 	p.mu.Lock()
 	again := p.told
-	p.carrier, p.since, p.leave, p.failed = c, time.Now(), nil, nil
+	p.carrier, p.since, p.leave, p.failed, p.worked = c, time.Now(), nil, nil, true
 	p.mu.Unlock()
 	if again {
 		p.narrate(p.kind, tunnel.PathJoined, "")

@@ -18,6 +18,9 @@ const (
 	// companionRest is how long TLS stays joined beside QUIC after the last
 	// stream or association.
 	companionRest = 30 * time.Second
+	// tcpDead is how long nothing comes over TCP until its connections are given
+	// up and streams go by UDP. A lane that lives is heard each 250 ms.
+	tcpDead = 1500 * time.Millisecond
 	// leaveTime bounds how long a stop waits for the cloud proxy to hear of it.
 	leaveTime = 500 * time.Millisecond
 	// lonely is how long a session may be without any carrier before another
@@ -40,7 +43,7 @@ type run struct {
 	at      *session.Attached
 	welcome wire.Welcome
 	address string // where joins go
-	asked   string // the cloud proxy by its address in the configuration, or as it was told of
+	named   string // the cloud proxy by its address in the configuration, or as it was told of
 	mode    tunnel.Mode
 	udp     *path // nil: not allowed, or there is none
 	tcp     *path
@@ -57,6 +60,9 @@ type run struct {
 	move     mover
 	left     atomic.Bool // another session has taken over
 	lost     time.Time   // since when no path serves the session; zero: one does
+	tcpHeard time.Time   // when something last came by lanes
+	network  string      // which it was when last asked, at asked
+	asked    time.Time
 }
 
 func (r *run) tell() {
@@ -105,7 +111,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 		u: u, at: u.Prepare(g.welcome), adopt: takesOver, welcome: g.welcome, address: g.welcome.Address, mode: mode,
 		news: make(chan struct{}, 1), over: make(chan error, 1),
 	}
-	if r.asked = g.address; r.address == "" {
+	if r.named = g.address; r.address == "" {
 		r.address = g.address
 	}
 	r.move = mover{found: make(chan *granted, 1)}
@@ -126,6 +132,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 	if mode != tunnel.ModeUDP && u.cfg.TLS != nil {
 		r.tcp = &path{run: r, kind: "tls", dial: u.cfg.TLS, wake: make(chan struct{}, 1), lanesWake: make(chan struct{}, 1), wanted: r.udp == nil}
 	}
+	r.enter(time.Now())
 	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx)) // so that a stop can be told
 	var wg sync.WaitGroup
 	for _, p := range r.paths() {
@@ -133,7 +140,8 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 		if p.kind != g.cand.Kind() {
 			first = nil
 			if p == r.udp { // which has just lost the race
-				p.later = time.Now().Add(udpAgain)
+				p.later = time.Now().Add(min(udpAgain<<min(p.fails, 10), maxUDPAgain))
+				p.fails++
 			}
 		} else {
 			p.wanted, p.granted = true, true
@@ -178,10 +186,54 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 		s.Change = &tunnel.Change{At: time.Now(), What: tunnel.ChangedSession, From: g.welcome.Session, Cause: tunnel.CodeOf(err), Why: tunnel.Sentence(err)}
 		report(s)
 	}
+	r.remember()
 	r.at.End(why)
 	cancel(why)
 	wg.Wait()
 	return nil, lost, err
+}
+
+// networkEvery is how often the network is asked for.
+const networkEvery = 2 * time.Second
+
+// enter finds out in which network the session is, and takes what is known of it.
+func (r *run) enter(now time.Time) {
+	r.asked, r.network = now, r.u.cfg.Network(r.state.Remote)
+	known := r.u.memory.of(r.network)
+	r.choose.again = known.again
+	if r.state.Carrier == "quic" && r.choose.way == wire.NoWay { // UDP has just passed
+		for i := range r.choose.again {
+			r.choose.again[i].at = time.Time{}
+		}
+	}
+	if r.udp != nil {
+		r.udp.enter(known.fails)
+	}
+}
+
+// remember keeps what was found in the network that the session is in.
+func (r *run) remember() {
+	known := remembered{again: r.choose.again}
+	for i := range known.again {
+		known.again[i].back = false
+	}
+	if r.udp != nil {
+		known.fails = r.udp.failures()
+	}
+	r.u.memory.keep(r.network, known)
+}
+
+// follow sees to it that what was found in one network is not held against
+// another.
+func (r *run) follow(now time.Time) {
+	if now.Sub(r.asked) < networkEvery {
+		return
+	}
+	r.asked = now
+	if network := r.u.cfg.Network(r.state.Remote); network != "" && network != r.network {
+		r.remember()
+		r.enter(now)
+	}
 }
 
 // leave lets the cloud proxy end the session, so that nothing is held for us.
@@ -215,7 +267,7 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 		case <-going:
 			going = nil
 			r.u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
-			r.move.begin(r, slices.DeleteFunc(r.u.others(r.address), func(a string) bool { return same(a, r.asked) }))
+			r.move.begin(r, slices.DeleteFunc(r.u.others(r.address), func(a string) bool { return same(a, r.named) }))
 		case <-r.news:
 		case <-r.at.News():
 		case <-r.u.Wanted():
@@ -262,6 +314,7 @@ func (r *run) mute() error {
 
 // step has the chooser look, does what it orders, and returns when to look again.
 func (r *run) step(now time.Time) time.Duration {
+	r.follow(now)
 	v := view{now: now, live: r.u.Busy(), flowing: r.at.Reporting()}
 	for w := range v.ways {
 		v.ways[w] = r.at.Way(wire.Way(w))
@@ -347,8 +400,9 @@ func (r *run) needs(now time.Time, v view) {
 	if r.u.Streaming() || v.live {
 		r.busyTill = now.Add(companionRest)
 	}
-	if r.udp != nil { // datagrams go by lanes and nothing comes, or they have no way: UDP may pass by now
-		r.udp.want(true, v.live && (r.choose.way == wire.NoWay || r.choose.way == wire.WayLanes && !r.choose.doubt.IsZero()))
+	if r.udp != nil { // datagrams go by lanes and nothing comes, or their way is lost: UDP may pass by now
+		lost := r.choose.way == wire.NoWay && !r.choose.since.IsZero()
+		r.udp.want(true, v.live && (lost || r.choose.way == wire.WayLanes && !r.choose.doubt.IsZero()))
 	}
 	if r.tcp == nil {
 		return
@@ -364,7 +418,23 @@ func (r *run) needs(now time.Time, v view) {
 		lanes = min(max(r.u.cfg.Lanes, r.welcome.Lanes), maxLanes)
 	}
 	r.tcp.wantLanes(lanes)
+	if quiet := r.tcpQuiet(now, v); quiet > tcpDead {
+		r.tcp.drop(tunnel.Errorf(tunnel.PathSilent, "nothing came over TCP for %v, while UDP passes", quiet.Round(time.Millisecond)))
+	}
 	r.at.Prefer(r.tcp.joined())
+}
+
+// tcpQuiet is for how long nothing has come over TCP while UDP passes; 0: that
+// can not be told, as there is nothing to expect. TCP itself needs many seconds
+// to notice, in which streams stand still.
+func (r *run) tcpQuiet(now time.Time, v view) time.Duration {
+	c, since := r.tcp.joinedSince()
+	r.tcpHeard = later(later(r.tcpHeard, v.ways[wire.WayLanes].Heard), since)
+	w := r.choose.way
+	if c == nil || !v.flowing || w == wire.NoWay || w == wire.WayLanes || now.Sub(v.ways[w].Heard) > deaf {
+		return 0
+	}
+	return now.Sub(r.tcpHeard)
 }
 
 // describe returns the link's state where it has changed.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -17,14 +18,18 @@ import (
 
 // Config is what an uplink needs.
 type Config struct {
-	Proxies   []string                          // cloud proxies as HOST:PORT, in order of preference; at least one
-	QUIC, TLS tunnel.Dialer                     // one may be nil
-	Open      func() (wire.Open, error)         // what to say of ourselves; asked anew each time, since tokens are renewed
-	Age       time.Duration                     // how long a datagram may wait; 0: media.MaxAge
-	Lanes     int                               // how many lanes serve a call best with this host's TCP; 0: 4
-	GiveUp    time.Duration                     // how long to try after a session was lost; 0: 20 minutes
-	Log       *slog.Logger                      // nil: none
-	jitter    func(time.Duration) time.Duration // tests
+	Proxies   []string                  // cloud proxies as HOST:PORT, in order of preference; at least one
+	QUIC, TLS tunnel.Dialer             // one may be nil
+	Open      func() (wire.Open, error) // what to say of ourselves; asked anew each time, since tokens are renewed
+	Age       time.Duration             // how long a datagram may wait; 0: media.MaxAge
+	Lanes     int                       // how many lanes serve a call best with this host's TCP; 0: 4
+	GiveUp    time.Duration             // how long to try after a session was lost; 0: 20 minutes
+	// Network names the network by which an address is reached at the moment, so
+	// that what was found about UDP is remembered for each. "": there is none at
+	// the moment. nil: all are one.
+	Network func(to netip.AddrPort) string
+	Log     *slog.Logger                      // nil: none
+	jitter  func(time.Duration) time.Duration // tests
 }
 
 const (
@@ -63,6 +68,7 @@ type Uplink struct {
 	log       *slog.Logger
 	instance  string // of this sidecar, for Open
 	narrator  narrator
+	memory    memory
 	lingering sync.WaitGroup // sessions that another has taken over from
 
 	mu   sync.Mutex         // guards told
@@ -90,6 +96,9 @@ func New(cfg Config) (*Uplink, error) {
 	}
 	if cfg.GiveUp == 0 {
 		cfg.GiveUp = giveUp
+	}
+	if cfg.Network == nil {
+		cfg.Network = func(netip.AddrPort) string { return "" }
 	}
 	if cfg.jitter == nil {
 		cfg.jitter = func(d time.Duration) time.Duration { return d/2 + rand.N(d) }

@@ -297,3 +297,40 @@ func TestUDPIsJoinedAtOnceWhenLanesFallSilent(t *testing.T) {
 		r.stop()
 	})
 }
+
+func TestTCPIsGivenUpWhereNothingComesByItWhileUDPPasses(t *testing.T) {
+	now := time.Unix(1000, 0)
+	ago := func(d time.Duration) time.Time { return now.Add(-d) }
+	const long = 2 * time.Second
+	for name, c := range map[string]struct {
+		way     wire.Way
+		flowing bool
+		joined  time.Time
+		lanes   time.Time // heard
+		udp     time.Time // heard
+		want    time.Duration
+	}{
+		"lanes are silent":                {wire.WaySealed, true, ago(time.Hour), ago(long), now, long},
+		"all is silent":                   {wire.WaySealed, true, ago(time.Hour), ago(long), ago(long), 0},
+		"lanes are heard":                 {wire.WaySealed, true, ago(time.Hour), now, now, 0},
+		"it has just been joined":         {wire.WaySealed, true, now, time.Time{}, now, 0},
+		"no datagrams flow":               {wire.WaySealed, false, ago(time.Hour), ago(long), now, 0},
+		"datagrams go by lanes":           {wire.WayLanes, true, ago(time.Hour), ago(long), now, 0},
+		"lanes that ended were heard too": {wire.WaySealed, true, ago(time.Hour), time.Time{}, now, long},
+	} {
+		r := &run{tcp: &path{carrier: idleCarrier{}, since: c.joined}, choose: chooser{way: c.way}}
+		r.tcpHeard = ago(long)
+		v := view{now: now, flowing: c.flowing}
+		v.ways[wire.WayLanes].Heard, v.ways[wire.WaySealed].Heard = c.lanes, c.udp
+		if got := r.tcpQuiet(now, v); got != c.want {
+			t.Errorf("%s: quiet for %v, want %v", name, got, c.want)
+		}
+		r.tcp.carrier = nil
+		if got := r.tcpQuiet(now, v); got != 0 {
+			t.Errorf("%s, not joined: quiet for %v", name, got)
+		}
+	}
+}
+
+// idleCarrier is a carrier of which nothing is asked.
+type idleCarrier struct{ tunnel.Carrier }

@@ -154,12 +154,23 @@ func newUplink(c *config.Sidecar, log *slog.Logger) (*uplink.Uplink, error) {
 		return nil, err
 	}
 	return uplink.New(uplink.Config{
-		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log,
+		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network,
 		Open: func() (wire.Open, error) {
 			token, err := c.Identity.TokenNow()
 			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err
 		},
 	})
+}
+
+// network names a network by the address that this host has in it. Nothing is
+// sent: the system looks up the route alone.
+func network(to netip.AddrPort) string {
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+	if err != nil {
+		return "" // there is none at the moment
+	}
+	defer c.Close()
+	return c.LocalAddr().(*net.UDPAddr).IP.String()
 }
 
 // rootsFrom adds a file's certificates to the system's. nil: the system's alone.
