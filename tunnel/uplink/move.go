@@ -123,26 +123,48 @@ func (u *Uplink) try(ctx context.Context, mode tunnel.Mode, address string) (*gr
 func (u *Uplink) moved(from, to string) *tunnel.Change {
 	return &tunnel.Change{
 		What: tunnel.ChangedCloudProxy, From: from, To: to, Cause: tunnel.CloudProxyGone,
-		Why: fmt.Sprintf("it is about to stop, or another is preferred; %d associations go on with new ports", u.Stats().Associations),
+		Why: fmt.Sprintf("%s; %d associations go on with new ports", u.leftFor, u.Stats().Associations),
 	}
+}
+
+// Why a cloud proxy is left while it serves.
+const (
+	whyGoing     = "it is about to stop"
+	whySilent    = "nothing came from it any more"
+	whyPreferred = "another is preferred"
+)
+
+// silentFor is how long a call has nothing come by any way before another cloud
+// proxy is asked.
+const silentFor = 2 * time.Second
+
+// silent says whether a call has nothing come by any way.
+func (r *run) silent(now time.Time) bool {
+	return r.u.Busy() && !r.choose.doubt.IsZero() && now.Sub(r.choose.doubt) > silentFor
+}
+
+// others returns the cloud proxies beside the one in use.
+func (r *run) others() []string {
+	return slices.DeleteFunc(r.u.others(r.address), func(a string) bool { return same(a, r.named) })
 }
 
 // A mover looks for another cloud proxy beside a session that goes on.
 type mover struct {
-	found  chan *granted // capacity 1
-	cancel context.CancelFunc
+	found  chan *granted      // capacity 1
+	cancel context.CancelFunc // nil: nothing is looked for
+	why    string
 	work   sync.WaitGroup
 	idle   time.Time     // since when nothing has run
 	rest   time.Duration // after a failure to find a better one
 }
 
 // begin looks for one at the addresses, again and again until stop.
-func (m *mover) begin(r *run, addresses []string) {
+func (m *mover) begin(r *run, addresses []string, why string) {
 	if m.cancel != nil || len(addresses) == 0 {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	m.cancel = cancel
+	m.cancel, m.why = cancel, why
 	m.work.Go(func() {
 		for ctx.Err() == nil {
 			for _, a := range addresses {
@@ -168,6 +190,14 @@ func (m *mover) give(g *granted) {
 	default:
 		g.cand.Close()
 	}
+}
+
+// halt ends the search for now.
+func (m *mover) halt() {
+	if m.cancel != nil {
+		m.cancel()
+	}
+	m.cancel, m.why = nil, ""
 }
 
 // stop ends the search. What was found too late is given back.
@@ -201,7 +231,7 @@ func (r *run) prefer(now time.Time) {
 	if now.Sub(m.idle) < max(restless, m.rest) {
 		return
 	}
-	m.idle, m.rest = now, min(max(2*m.rest, restless), maxRestless)
+	m.idle, m.rest, m.why = now, min(max(2*m.rest, restless), maxRestless), whyPreferred
 	ctx, cancel := context.WithTimeout(context.Background(), tryTime)
 	m.work.Go(func() {
 		defer cancel()

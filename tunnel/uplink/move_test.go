@@ -4,12 +4,14 @@ import (
 	"context"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"culvert/tunnel"
 	"culvert/tunnel/session"
+	"culvert/tunnel/tunneltest"
 	"culvert/tunnel/wire"
 )
 
@@ -171,6 +173,45 @@ func TestTheNextCloudProxyIsUsedWhenOneIsDead(t *testing.T) {
 			t.Errorf("after %v told: %v", took, c)
 		}
 		if c := r.told(tunnel.ChangedSession, tunnel.SessionExpired); c.Gap == 0 || !strings.Contains(c.Why, "1 associations go on with new ports") {
+			t.Errorf("told: %v", c)
+		}
+		cancel()
+		<-ended
+		r.stop()
+	})
+}
+
+func TestACloudProxyThatIsSilentIsLeftForTheNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dead atomic.Bool
+		drop := func(bool, []byte) tunneltest.Fate {
+			return tunneltest.Fate{Delay: 20 * time.Millisecond, Drop: dead.Load()}
+		}
+		f := newFarOn(t, tunneltest.Config{Flow: true, Packet: drop, Datagram: drop}, first, second)
+		defer f.end()
+		f.real(0)
+		r := f.run(tunnel.ModeUDP, both) // whose connection lives on
+		r.up()
+		r.by(wire.WaySealed)
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := r.call(ctx)
+		time.Sleep(3 * time.Second)
+		// A short silence is none.
+		dead.Store(true)
+		time.Sleep(1500 * time.Millisecond)
+		dead.Store(false)
+		time.Sleep(3 * time.Second)
+		if n := len(f.askedFor()); n != 1 {
+			t.Fatalf("asked for %v", f.askedFor())
+		}
+		dead.Store(true)
+		began := time.Now()
+		f.sessionAt(2)
+		if took := time.Since(began); took > silentFor+time.Second {
+			t.Errorf("the next was asked after %v", took)
+		}
+		dead.Store(false)
+		if c := r.told(tunnel.ChangedCloudProxy, tunnel.CloudProxyGone); c.To != second || !strings.Contains(c.Why, "nothing came from it") {
 			t.Errorf("told: %v", c)
 		}
 		cancel()

@@ -3,7 +3,6 @@ package uplink
 import (
 	"context"
 	"errors"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -162,6 +161,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 	r.move.stop()
 	if next != nil { // what is open here goes on
 		r.left.Store(true)
+		u.leftFor = r.move.why
 		u.lingering.Go(func() {
 			r.linger(ctx)
 			r.at.End(errMoved)
@@ -263,11 +263,15 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 		case err := <-r.over:
 			return nil, wrapLost(err)
 		case g := <-r.move.found:
+			if r.move.why == whySilent && !r.silent(time.Now()) { // it has come back meanwhile
+				g.cand.Close()
+				continue
+			}
 			return g, nil
 		case <-going:
 			going = nil
 			r.u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
-			r.move.begin(r, slices.DeleteFunc(r.u.others(r.address), func(a string) bool { return same(a, r.named) }))
+			r.move.begin(r, r.others(), whyGoing)
 		case <-r.news:
 		case <-r.at.News():
 		case <-r.u.Wanted():
@@ -282,6 +286,11 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 			r.lost = now
 		case now.Sub(r.lost) > session.DefaultHold, len(r.u.cfg.Proxies) > 1 && now.Sub(r.lost) > lonely:
 			return nil, wrapLost(lost)
+		}
+		if r.silent(now) {
+			r.move.begin(r, r.others(), whySilent)
+		} else if r.move.why == whySilent {
+			r.move.halt()
 		}
 		r.prefer(now)
 		timer.Reset(next)

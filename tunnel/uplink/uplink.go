@@ -70,6 +70,7 @@ type Uplink struct {
 	narrator  narrator
 	memory    memory
 	lingering sync.WaitGroup // sessions that another has taken over from
+	leftFor   string         // why the last one was left; Run's goroutine's
 
 	mu   sync.Mutex         // guards told
 	told []tunnel.ProxyAddr // cloud proxies that one of them has told of
