@@ -13,7 +13,10 @@ const (
 	probeEvery = 50 * time.Millisecond // while an answer is awaited
 	trialTime  = 500 * time.Millisecond
 	calmEvery  = 50 * time.Millisecond // how often a call's ways are looked at
-	idleEvery  = 5 * time.Second       // how often an idle sidecar's are
+	// idleEvery is how often an idle sidecar's are. A probe is sent then: a cloud
+	// proxy that was restarted answers it with a reset, other than QUIC's keep-alive,
+	// which is too short for that (RFC 9000 §10.3.3).
+	idleEvery = 3 * time.Second
 
 	// Silence means that nothing authentic came: by doubtful the way is asked
 	// about, by deaf it is left for one by which something comes.
@@ -109,6 +112,7 @@ type chooser struct {
 	looked    time.Time     // the last step
 	trial     trial
 	asked     time.Time // when probes were last sent
+	idled     time.Time // when an idle sidecar's were
 	again     [wire.WaysEnd]again
 }
 
@@ -180,6 +184,14 @@ func (c *chooser) step(v view) orders {
 		o.next = calmEvery
 	default:
 		o.next = idleEvery
+		if c.way != wire.NoWay && v.now.Sub(c.idled) >= idleEvery {
+			c.idled = v.now
+			w := c.way
+			if v.ways[wire.WayDatagram].Present { // the handshake has told its reset tokens
+				w = wire.WayDatagram
+			}
+			o.short[w] = true
+		}
 	}
 	return o
 }

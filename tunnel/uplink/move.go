@@ -251,6 +251,7 @@ func (r *run) linger(ctx context.Context) {
 	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
 	released := false
+	var lost time.Time // since when no path serves it; zero: one does
 	for {
 		select {
 		case <-ctx.Done():
@@ -261,6 +262,14 @@ func (r *run) linger(ctx context.Context) {
 			r.at.Release()
 			released = true
 		case <-tick.C:
+		}
+		switch {
+		case r.alone() == nil:
+			lost = time.Time{}
+		case lost.IsZero():
+			lost = time.Now()
+		case time.Since(lost) > lonely: // it was to end anyway
+			return
 		}
 		if released && r.at.Streams() == 0 {
 			r.at.Leave()
