@@ -325,11 +325,22 @@ func TestLossAndDelayAreKnownWhereOurReportsDoNotArrive(t *testing.T) {
 // loadedWay is a lane whose TCP lets some of what is sent pass, with a queue.
 type loadedWay struct {
 	idleWay
+	mu    sync.Mutex
 	rate  float64
 	queue time.Duration
 }
 
-func (w *loadedWay) Load() (float64, time.Duration, bool) { return w.rate, w.queue, true }
+func (w *loadedWay) Load() (float64, time.Duration, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.rate, w.queue, true
+}
+
+func (w *loadedWay) becomes(rate float64, queue time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.rate, w.queue = rate, queue
+}
 
 func TestLanesThatCarryLessThanTheCallSendsAreShapedToWhatTheyCarry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -348,9 +359,9 @@ func TestLanesThatCarryLessThanTheCallSendsAreShapedToWhatTheyCarry(t *testing.T
 		if p.state(wire.WayLanes).Shaped {
 			t.Error("lanes that carry all are shaped")
 		}
-		w.rate, w.queue = 300e3, 200*time.Millisecond
+		w.becomes(300e3, 200*time.Millisecond)
 		send(500 * time.Millisecond)
-		w.queue = 0
+		w.becomes(300e3, 0)
 		send(500 * time.Millisecond)
 		if !p.state(wire.WayLanes).Shaped {
 			t.Fatal("lanes that carry a seventh of the call are not shaped")
@@ -360,7 +371,7 @@ func TestLanesThatCarryLessThanTheCallSendsAreShapedToWhatTheyCarry(t *testing.T
 		if sent := 8 * (p.ways[wire.WayLanes].sentBytes.Load() - before); sent < 200_000 || sent > 310_000 {
 			t.Errorf("%d bits were sent in a second, want somewhat less than 300,000", sent)
 		}
-		w.rate = 3e6
+		w.becomes(3e6, 0)
 		send(20 * time.Second)
 		if p.state(wire.WayLanes).Shaped {
 			t.Error("lanes that carry all again are still shaped")
