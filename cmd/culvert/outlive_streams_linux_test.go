@@ -269,6 +269,7 @@ func outliveSwitches(t *testing.T, bin string) {
 		time.Sleep(2 * time.Second)
 	}
 	over := time.Now()
+	o.within("the longest that streams stand still", stands, 5*time.Second, began, over)
 	close(end)
 	wg.Wait()
 	if !same || received != size {

@@ -27,21 +27,20 @@ var figureLine = regexp.MustCompile(`figure: (.+): (\S+); 95 % at most (\S+), al
 
 // faults is faults.json.
 type faults struct {
-	Date    time.Time `json:"date"`
-	Machine string    `json:"machine"`
-	Version string    `json:"version"`
-	Rows    []fault   `json:"rows"`
-	Failed  int       `json:"failed"` // runs in which any of the tests failed
+	Rows []fault `json:"rows"`
+
+	measured string // how, when and on what; of the rows that are being measured
 }
 
 // fault is one figure of all runs.
 type fault struct {
-	Test   string    `json:"test"`
-	What   string    `json:"what"`
-	Ms     []float64 `json:"ms"`
-	Usual  float64   `json:"usual_ms"` // bound on 95 % of them
-	Most   float64   `json:"most_ms"`  // bound on each
-	Failed int       `json:"failed"`   // runs in which the test failed, for whatever reason
+	Test     string    `json:"test"`
+	Measured string    `json:"measured"`
+	What     string    `json:"what"`
+	Ms       []float64 `json:"ms"`
+	Usual    float64   `json:"usual_ms"` // bound on 95 % of them
+	Most     float64   `json:"most_ms"`  // bound on each
+	Failed   int       `json:"failed"`   // runs in which the test failed, for whatever reason
 }
 
 // reading is one line of a test's log.
@@ -67,23 +66,37 @@ func readFigure(line string) (f reading, ok bool) {
 	return f, true
 }
 
-// add takes a figure of a test.
-func (r *faults) add(test string, f reading) {
-	i := slices.IndexFunc(r.Rows, func(o fault) bool { return o.Test == test && o.What == f.what })
+// row is the row of a figure, made anew where it is of an earlier measurement.
+func (r *faults) row(test, what string) *fault {
+	i := slices.IndexFunc(r.Rows, func(o fault) bool { return o.Test == test && o.What == what })
 	if i < 0 {
 		i = len(r.Rows)
-		r.Rows = append(r.Rows, fault{Test: test, What: f.what})
+		r.Rows = append(r.Rows, fault{})
 	}
-	row := &r.Rows[i]
+	if row := &r.Rows[i]; row.Measured != r.measured || row.Test == "" {
+		*row = fault{Test: test, What: what, Measured: r.measured}
+	}
+	return &r.Rows[i]
+}
+
+// add takes a figure of a test.
+func (r *faults) add(test string, f reading) {
+	row := r.row(test, f.what)
 	row.Ms, row.Usual, row.Most = append(row.Ms, measure.Ms(f.value)), measure.Ms(f.usual), measure.Ms(f.most)
 }
 
-// fail counts a test that has failed, with those inside it.
+// fail counts a test that has failed; where it has no figure, because of that,
+// it gets a row without one.
 func (r *faults) fail(test string) {
+	found := false
 	for i := range r.Rows {
-		if r.Rows[i].Test == test {
+		if r.Rows[i].Test == test && r.Rows[i].Measured == r.measured {
 			r.Rows[i].Failed++
+			found = true
 		}
+	}
+	if !found && strings.Contains(test, "/") {
+		r.row(test, "").Failed++
 	}
 }
 
@@ -115,10 +128,13 @@ func (r faults) markdown() string {
 		fmt.Fprintf(&b, "| %s | %s | %d | %.0f | %.0f | ≤ %.0f | %.0f | ≤ %.0f | %s |\n",
 			strings.ReplaceAll(name, "_", " "), f.What, len(f.Ms), q.P50, q.P95, f.Usual, q.Max, f.Most, f.outcome())
 	}
-	if r.Failed > 0 {
-		fmt.Fprintf(&b, "\nA test failed in %d runs.\n", r.Failed)
+	var how []string
+	for _, f := range r.Rows {
+		if !slices.Contains(how, f.Measured) {
+			how = append(how, f.Measured)
+		}
 	}
-	fmt.Fprintf(&b, "\n%s, %s, %s\n", r.Date.Format("2 January 2006 15:04"), r.Version, r.Machine)
+	fmt.Fprintf(&b, "\n%s\n", strings.Join(how, "\n"))
 	return b.String()
 }
 
@@ -137,7 +153,16 @@ func (b *bench) faults(runs int, only string) error {
 		name += "/(" + only + ")"
 	}
 	file := filepath.Join(b.out, "faults.json")
-	all := faults{Date: time.Now(), Machine: machine(), Version: version()}
+	var all faults
+	if text, err := os.ReadFile(file); err == nil {
+		if err := json.Unmarshal(text, &all); err != nil {
+			return fmt.Errorf("%s: %w", file, err)
+		}
+	}
+	all.measured = fmt.Sprintf("%s, %s, %s", time.Now().Format("2 January 2006 15:04"), version(), machine())
+	if b.quick {
+		all.measured += ", quick"
+	}
 	for run := range runs {
 		if b.stopped.Load() {
 			return errStopped
@@ -199,9 +224,6 @@ func (r *faults) run(name string, quick bool) error {
 	}
 	if err := cmd.Wait(); err != nil && len(failed) == 0 {
 		return fmt.Errorf("go test: %w", err)
-	}
-	if len(failed) > 0 {
-		r.Failed++
 	}
 	for _, test := range failed {
 		r.fail(test)

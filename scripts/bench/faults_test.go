@@ -49,6 +49,16 @@ func TestFaultsAreJudgedByBothBounds(t *testing.T) {
 			t.Errorf("%s: %s, want %s", r.Rows[i].Test, got, want)
 		}
 	}
+	r.measured = "later"
+	r.fail("T/broken")
+	r.fail("T")
+	if len(r.Rows) != 5 || r.Rows[4].outcome() != "FAIL, 1 of 0 runs" {
+		t.Errorf("a test that fails before it has a figure: %+v", r.Rows)
+	}
+	add("T/well", 1)
+	if got := r.Rows[0]; len(got.Ms) != 1 || got.Measured != "later" || len(r.Rows[1].Ms) != 20 {
+		t.Errorf("a later measurement stands beside an earlier one's figures: %+v", got)
+	}
 	text := r.markdown()
 	if !strings.Contains(text, "| often late | the gap | 20 | 900 | 1500 | ≤ 1000 | 1500 | ≤ 2000 | FAIL |") {
 		t.Error(text)

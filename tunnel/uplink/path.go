@@ -17,6 +17,7 @@ const (
 	joinTime = time.Second
 	// joinStagger is what lies between attempts while nothing serves the session.
 	joinStagger = 200 * time.Millisecond
+	joinTries   = 3 // so often before that becomes longer
 	maxJoinRest = time.Minute
 )
 
@@ -256,6 +257,7 @@ func (p *path) pause(fails int) time.Duration {
 	switch other := p.run.other(p); {
 	case urgent || other == nil || other.joined() == nil:
 		rest, most = joinStagger, time.Second // a call may be waiting; the session does not for long
+		fails = max(1, fails-joinTries)
 	case p.kind == "quic" && worked:
 		rest, most = udpAgain, goodUDPAgain
 	case p.kind == "quic": // it may never work here
