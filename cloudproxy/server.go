@@ -186,6 +186,13 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 	if wire.Write(c, wire.Message{Welcome: &welcome}) == nil && c.SetDeadline(time.Time{}) == nil {
 		return serve
 	}
+	if m.Join != nil {
+		s.mu.Lock()
+		if l := s.byID[welcome.Session]; l != nil {
+			l.joins.Add(-1)
+		}
+		s.mu.Unlock()
+	}
 	if m.Open != nil {
 		s.end(welcome.Session, tunnel.Errorf(tunnel.CloudUnreachable, "the sidecar went away before it was welcomed"))
 	}
@@ -294,7 +301,8 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 	if l == nil || l.key != string(c.PeerKey()) {
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.SessionUnknown, "there is no such session for this key; open a new one")
 	}
-	if l.joins.Load() >= maxJoins { // those that are being welcomed come on top
+	if l.joins.Add(1) > maxJoins {
+		l.joins.Add(-1)
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "%d connections have joined the session already; close some", maxJoins)
 	}
 	var how *wire.Sealed
@@ -303,10 +311,10 @@ func (s *Server) join(c tunnel.Candidate, j *wire.Join) (wire.Welcome, func(), e
 	}
 	sealed, err := session.ReadySealed(c, l.id, how)
 	if err != nil {
+		l.joins.Add(-1)
 		return wire.Welcome{}, nil, err
 	}
 	serve := func() {
-		l.joins.Add(1)
 		defer l.joins.Add(-1)
 		defer c.Close() // for where it turns into nothing
 		if j.As == wire.AsCarrier {

@@ -766,3 +766,76 @@ func TestAStopLetsTheLiveFinish(t *testing.T) {
 		}
 	})
 }
+
+func TestJoinsThatGoWrongLeaveTheLivingSessionAsItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		s, other := w.sidecar(t, 0, tunnel.ModeTCP), w.sidecar(t, 1, tunnel.ModeTCP)
+		defer s.stop()
+		st, theirs := s.up(t), other.up(t)
+
+		// Another App ID's session, with a key that has one of its own.
+		c, m, err := w.join(t, 0, theirs.Session, wire.AsCarrier)
+		if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
+			t.Errorf("another App ID's session: %+v, %v", m, err)
+		}
+		c.Close()
+		// One that has just ended.
+		other.stop()
+		synctest.Wait()
+		c, m, err = w.join(t, 1, theirs.Session, wire.AsCarrier)
+		if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
+			t.Errorf("a session that has ended: %+v, %v", m, err)
+		}
+		c.Close()
+		// The same one again, since its answer was lost: idempotent.
+		for range 3 {
+			c, m, err := w.join(t, 0, st.Session, wire.AsLane)
+			if err != nil || m.Welcome == nil || m.Welcome.Session != st.Session {
+				t.Errorf("a Join that is repeated: %+v, %v", m, err)
+			}
+			c.Close()
+		}
+		// The connection dies between the Join and its answer.
+		for _, as := range []string{wire.AsCarrier, wire.AsLane} {
+			c, err := w.tcp.Dialer(key(0)).Dial(t.Context(), address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := wire.Write(c, wire.Message{Join: &wire.Join{Version: wire.Current, Session: st.Session, As: as}}); err != nil {
+				t.Fatal(err)
+			}
+			c.Close()
+		}
+		// Many at once, of which as many are taken as a session may have.
+		var wg sync.WaitGroup
+		var taken, refused atomic.Int64
+		for range 200 {
+			wg.Go(func() {
+				c, m, err := w.join(t, 0, st.Session, wire.AsLane)
+				switch {
+				case err != nil:
+					t.Error(err)
+				case m.Welcome != nil:
+					taken.Add(1)
+				case m.Refused.Code == tunnel.LimitExceeded:
+					refused.Add(1)
+				default:
+					t.Errorf("many at once: %+v", m.Refused)
+				}
+				time.Sleep(time.Second)
+				c.Close()
+			})
+		}
+		wg.Wait()
+		if n := taken.Load(); n == 0 || n > 16 || n+refused.Load() != 200 {
+			t.Errorf("of 200 Joins at once %d were taken and %d refused", taken.Load(), refused.Load())
+		}
+		time.Sleep(10 * time.Second)
+		s.works(t)
+		if w.server.Sessions() != 1 {
+			t.Errorf("%d sessions", w.server.Sessions())
+		}
+	})
+}
