@@ -28,11 +28,6 @@ const (
 	// took less than quickFrame by large ones.
 	slowFrame  = 50 * time.Millisecond
 	quickFrame = 5 * time.Millisecond
-	// carrierUnsent is the carrier's TCP_NOTSENT_LOWAT: what a control message
-	// or a keep-alive waits behind, against the wake-ups of a bulk transfer. At
-	// 20 ms each way one stream reaches 0.80 of bare TLS with 64 KiB, 0.85 with
-	// 128 and 0.87 with 256; 128 KiB are 100 ms at 10 Mbit/s.
-	carrierUnsent = 128 << 10
 )
 
 // carrier implements tunnel.Carrier. Its goroutines, besides yamux's:

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // yamuxHeader is the length of a yamux frame's header.
@@ -32,7 +33,8 @@ const (
 // Writes come from yamux's one sending goroutine.
 type frames struct {
 	*link
-	buf []byte // a header that waits; otherwise empty
+	buf    []byte // a header that waits; otherwise empty
+	unsent unsentSize
 
 	heard atomic.Int64 // bytes read so far
 
@@ -52,6 +54,9 @@ func (f *frames) Write(p []byte) (int, error) {
 		first, rest = f.buf, p[n:]
 	}
 	err := f.send(first, rest)
+	if n := f.unsent.wrote(len(first)+len(rest), time.Now()); n > 0 {
+		keepUnsent(f.raw, n)
+	}
 	f.buf = f.buf[:0]
 	if err != nil {
 		f.failed(err)

@@ -31,6 +31,11 @@ func keepShort(c net.Conn, unsent int, timeout time.Duration) {
 	})
 }
 
+// keepUnsent changes how many bytes the kernel holds that it has not sent.
+func keepUnsent(c net.Conn, n int) {
+	control(c, func(fd int) { unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, n) })
+}
+
 // roundTrip is the kernel's smoothed round trip; 0: not known.
 func roundTrip(c net.Conn) (rtt time.Duration) {
 	control(c, func(fd int) {

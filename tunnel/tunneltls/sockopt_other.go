@@ -15,6 +15,8 @@ func tune(net.Conn) {}
 
 func keepShort(net.Conn, int, time.Duration) {}
 
+func keepUnsent(net.Conn, int) {}
+
 func roundTrip(net.Conn) time.Duration { return 0 }
 
 func ask(net.Conn) (progress, bool) { return progress{}, false }
