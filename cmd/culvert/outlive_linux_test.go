@@ -272,8 +272,8 @@ func TestACallOutlivesItsPath(t *testing.T) {
 		now := time.Now()
 		after := o.link.Counts()
 		o.within("the longest gap", worst, 100*time.Millisecond, began, now)
-		if after.QUICLong != before.QUICLong || after.SYN != before.SYN {
-			t.Errorf("%d packets of QUIC handshakes and %d of TCP's, want none", after.QUICLong-before.QUICLong, after.SYN-before.SYN)
+		if n := after.QUICLong - before.QUICLong; n != 0 { // TCP may have some: in doubt there are more lanes
+			t.Errorf("%d packets of QUIC handshakes, want none", n)
 		}
 		if way := runStatus(t, o.socket).Link.Way; way != "sealed" {
 			t.Errorf("datagrams go by %s", way)

@@ -225,9 +225,10 @@ func TestAnIdleSidecarGoesBackToTheCloudProxyThatItPrefers(t *testing.T) {
 		f := newFar(t, first, second)
 		defer f.end()
 		f.real(0)
-		away := true
+		var away atomic.Bool
+		away.Store(true)
 		f.dial = func(ctx context.Context, _, address string, _ int) error {
-			if away && address == first {
+			if away.Load() && address == first {
 				return silent(ctx)
 			}
 			return nil
@@ -236,7 +237,7 @@ func TestAnIdleSidecarGoesBackToTheCloudProxyThatItPrefers(t *testing.T) {
 		r.up()
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := r.call(ctx)
-		away = false
+		away.Store(false)
 		time.Sleep(5 * time.Minute)
 		if n := len(r.changes()); n != 0 {
 			t.Errorf("during a call it moved: %v", r.changes())
