@@ -80,6 +80,9 @@ const largeProbe = 1400
 // lossy is the loss from which on packets may be lost for their length.
 const lossy = 0.03
 
+// lossyDelay is the queueing from which on losses are those of a full queue.
+const lossyDelay = 20 * time.Millisecond
+
 // gross is the loss from which on what the rates say of it counts.
 const gross = 0.5
 
@@ -447,7 +450,9 @@ func (y *way) report(r *wire.Report, now time.Time) {
 		}
 		y.room.Shape(rate)
 	}
-	shaped, lossy := out.shaped, out.lost > lossy
+	shaped := out.shaped
+	// Behind a full queue it is not their length, and probes would make it longer.
+	lossy := out.lost > lossy && out.delay < lossyDelay
 	y.mu.Unlock()
 	if lossy {
 		for _, t := range y.transports() {

@@ -344,7 +344,7 @@ func (c *chooser) strained(v view, o *orders) {
 		c.strain, c.apart = v.now, 0
 	}
 	took := min(v.now.Sub(c.looked), 2*calmEvery)
-	switch asked := v.now.Sub(lanes.Reported) < doubtful && lanes.Reported.After(c.strain); {
+	switch asked := v.now.Sub(lanes.Reported) < deaf && lanes.Reported.After(c.strain); {
 	case lanes.Delay > risen:
 		c.apart = 0
 	case asked && (s.Lost > full || s.Delay > max(risen, 2*lanes.Delay)):

@@ -423,7 +423,8 @@ func (r *run) needs(now time.Time, v view) {
 	urgent := v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero())
 	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes, urgent)
 	lanes := 1
-	if v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || !r.choose.strain.IsZero()) {
+	// On a link that is too slow for both, more lanes would only be more that waits.
+	if v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() && !r.choose.congested || r.choose.apart >= strained/2) {
 		lanes = min(max(r.u.cfg.Lanes, r.welcome.Lanes), maxLanes)
 	}
 	r.tcp.wantLanes(lanes)
@@ -436,11 +437,12 @@ func (r *run) needs(now time.Time, v view) {
 // tcpQuiet is for how long nothing has come over TCP while UDP passes; 0: that
 // can not be told, as there is nothing to expect. TCP itself needs many seconds
 // to notice, in which streams stand still.
+// Where UDP is overloaded TCP may just not get through either.
 func (r *run) tcpQuiet(now time.Time, v view) time.Duration {
 	c, since := r.tcp.joinedSince()
 	r.tcpHeard = later(later(r.tcpHeard, v.ways[wire.WayLanes].Heard), since)
 	w := r.choose.way
-	if c == nil || !v.flowing || w == wire.NoWay || w == wire.WayLanes || now.Sub(v.ways[w].Heard) > deaf {
+	if c == nil || !v.flowing || !r.choose.strain.IsZero() || w == wire.NoWay || w == wire.WayLanes || now.Sub(v.ways[w].Heard) > deaf {
 		return 0
 	}
 	return now.Sub(r.tcpHeard)
