@@ -435,8 +435,8 @@ const (
 	maxEnded  = 1 << 16
 )
 
-// open makes the association that a record names. It runs on a reading
-// goroutine.
+// open makes the association that a record names, or counts why not. It runs on
+// a reading goroutine.
 func (f *Far) open(id uint32, held bool) *leg {
 	f.mu.Lock()
 	live := len(f.assocs)
@@ -444,6 +444,7 @@ func (f *Far) open(id uint32, held bool) *leg {
 	closed := f.assocs == nil
 	f.mu.Unlock()
 	if ended || closed {
+		f.drops.Add(media.Unknown)
 		return nil
 	}
 	if !f.opens.Allow() {
@@ -473,11 +474,13 @@ func (f *Far) open(id uint32, held bool) *leg {
 	switch {
 	case f.assocs == nil || ended: // the session or the association has ended meanwhile
 		f.mu.Unlock()
+		f.drops.Add(media.Unknown)
 		p.next.Close()
 		return nil
 	case p.over != nil: // it has ended at once
 		f.endLocked(id)
 		f.mu.Unlock()
+		f.drops.Add(media.Unknown)
 		p.next.Close()
 		f.tellClosed(id, p.over)
 		return nil
