@@ -52,7 +52,7 @@ var own = map[string][]string{
 	"sidecar":             {"tunnel", "tunnel/netio", "sidecar/channel"},
 	"sidecar/channel":     {},
 	"sidecar/control":     {"tunnel", "sidecar", "sidecar/channel"},
-	"cloudproxy":          {"tunnel", "tunnel/wire", "tunnel/session"},
+	"cloudproxy":          {"tunnel", "tunnel/wire", "tunnel/session", "tunnel/resume"},
 	"cloudproxy/identity": {"tunnel"},
 	"cloudproxy/egress":   {"tunnel", "tunnel/netio"},
 	"cmd/...": {

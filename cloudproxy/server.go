@@ -15,6 +15,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"culvert/tunnel"
+	"culvert/tunnel/resume"
 	"culvert/tunnel/session"
 	"culvert/tunnel/wire"
 )
@@ -37,7 +38,8 @@ const (
 type Config struct {
 	Listeners []tunnel.Listener
 	Authorize tunnel.Authorize
-	Limits    session.Limits
+	Limits    session.Limits     // of each session
+	Memory    int                // bytes that the streams of all sessions keep for their next connection; 0: resume.DefaultBudget
 	Address   string             // HOST:PORT under which sidecars reach this very instance
 	Region    string             // told to sidecars; may be empty
 	Proxies   []tunnel.ProxyAddr // the proxy information, in order; empty: this instance alone. What has no Expires is good for a day
@@ -54,6 +56,7 @@ type Server struct {
 	log        *slog.Logger
 	refusals   *rate.Limiter // of log lines
 	unlogged   atomic.Int64
+	memory     *resume.Budget
 	unadmitted chan struct{} // a place for each candidate in its opening exchange
 	wg         sync.WaitGroup
 
@@ -88,7 +91,7 @@ func New(cfg Config) (*Server, error) {
 	if len(cfg.Proxies) == 0 && cfg.Address != "" {
 		cfg.Proxies = []tunnel.ProxyAddr{{Address: cfg.Address, Region: cfg.Region}}
 	}
-	return &Server{cfg: cfg, log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: make(chan struct{}, maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
+	return &Server{cfg: cfg, memory: resume.NewBudget(cfg.Memory), log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: make(chan struct{}, maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
 }
 
 // Run serves until ctx ends, then refuses what is new, lets live sessions
@@ -247,7 +250,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
 		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
-		Limits: s.cfg.Limits, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
+		Limits: s.cfg.Limits, Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
 		Ended: func(why error) {
 			defer s.wg.Done()
 			s.end(l.id, why)

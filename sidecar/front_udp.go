@@ -123,6 +123,9 @@ var dropNames = [dropKinds]string{
 	"app_socket_failed", // the app's socket could not be written to
 }
 
+// DropReasons returns the words under which a front counts dropped datagrams.
+func DropReasons() []string { return append([]string(nil), dropNames[:]...) }
+
 type frontDrops struct {
 	count       [dropKinds]atomic.Uint64
 	up, down    atomic.Uint64
@@ -395,13 +398,18 @@ func (a *association) Deliver(p []byte, from netip.AddrPort) {
 		return
 	}
 	n := len(head) + copy(b.data[len(head):], p)
-	switch err := a.socket.Send(b.data[:n], *sender); {
+	drops.handed(a.socket.Send(b.data[:n], *sender))
+}
+
+// handed counts what the app's socket said to a datagram.
+func (d *frontDrops) handed(err error) {
+	switch {
 	case err == nil:
-		drops.down.Add(1)
+		d.down.Add(1)
 	case errors.Is(err, tunnel.ErrBlocked), errors.Is(err, syscall.ENOBUFS):
-		drops.count[dropSocketFull].Add(1)
+		d.count[dropSocketFull].Add(1)
 	default:
-		drops.count[dropSocketError].Add(1)
+		d.count[dropSocketError].Add(1)
 	}
 }
 

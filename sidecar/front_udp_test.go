@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -259,6 +260,32 @@ func TestFailuresOfThePathAreCounted(t *testing.T) {
 	next.relay().fail.Store(nil)
 	app.Write(frontDatagram(tunnel.TargetOf(echo), "alive"))
 	frontExpect(t, app, echo, "alive")
+}
+
+func TestWhatTheAppsSocketDoesNotTakeIsCounted(t *testing.T) {
+	var d frontDrops
+	for _, err := range []error{nil, tunnel.ErrBlocked, syscall.ENOBUFS, syscall.EPERM} {
+		d.handed(err)
+	}
+	if got := d.byReason(); d.down.Load() != 1 || len(got) != 2 || got["app_socket_full"] != 2 || got["app_socket_failed"] != 1 {
+		t.Errorf("counted %v", got)
+	}
+	// What comes back when the app has gone.
+	echo := frontUDPEcho(t)
+	next := &frontDirect{}
+	f := frontStart(t, next, nil)
+	c, relay := frontAssociate(t, f, frontUnnamed)
+	app := frontApp(t, relay)
+	app.Write(frontDatagram(tunnel.TargetOf(echo), "x"))
+	frontExpect(t, app, echo, "x")
+	r := next.relay().r
+	c.Close()
+	<-next.relay().closed
+	frontEventually(t, "the socket is closed", func() bool { return f.Stats().Relays == 0 })
+	r.Deliver([]byte("late"), echo)
+	if n := f.Stats().Dropped["app_socket_failed"]; n != 1 {
+		t.Errorf("%d counted", n)
+	}
 }
 
 func TestAssociationEndsWithItsConnection(t *testing.T) {

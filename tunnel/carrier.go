@@ -70,8 +70,10 @@ type Flow interface {
 	// Claim directs to recv the packets whose first byte is 01xxxxxx and whose
 	// next eight bytes are id. recv runs on the socket's reading goroutine,
 	// borrows p until it returns and must not block. It returns false for a
-	// packet that is not its own after all, which the carrier then gets. An id
-	// that is claimed already is an error.
+	// packet that is not its own after all, which the carrier then gets. Of a
+	// packet that is longer than the socket's buffers recv is given those nine
+	// bytes, and the carrier never gets it. An id that is claimed already is an
+	// error.
 	Claim(id [8]byte, recv func(p []byte, from Path) bool) error
 	// Release ends a claim. It does not wait for a recv that runs.
 	Release(id [8]byte)

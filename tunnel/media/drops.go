@@ -28,6 +28,10 @@ var reasonWords = [reasonsEnd]string{"queue_age", "queue_full", "too_large", "no
 // String returns the reason's word.
 func (r Reason) String() string { return reasonWords[r] }
 
+// Reasons returns the words under which a session can count a datagram as
+// dropped: those of Drops, and those of a sealed way's Lost.
+func Reasons() []string { return append(reasonWords[:], verdictWords[opened+1:]...) }
+
 // Drops counts dropped datagrams by reason. The zero value is ready.
 type Drops struct{ n [reasonsEnd]atomic.Uint64 }
 

@@ -194,7 +194,7 @@ type verdict int
 const (
 	opened       verdict = iota
 	notAuthentic         // forged, damaged, or QUIC's own
-	truncated            // shorter than any sealed packet
+	truncated            // shorter than any sealed packet, or too long to be read whole
 	replayed             // its counter has come before, or lies behind the window
 	oldEpoch             // of an epoch that is over
 	earlyEpoch           // of the next epoch, too soon after the last has begun

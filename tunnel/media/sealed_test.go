@@ -87,7 +87,9 @@ func TestACutPacketIsDroppedAtEveryLength(t *testing.T) {
 		w.near.say(t, "something long enough")
 		p := w.near.flow.take()[0].p
 		for n := 9; n < len(p); n++ {
-			w.far.flow.arrive(p[:n], nearPath)
+			if _, taken := w.far.flow.arrive(p[:n], nearPath); !taken {
+				t.Errorf("%s: the carrier gets a packet cut to %d bytes", aead, n)
+			}
 		}
 		w.far.flow.arrive(append(slices.Clone(p), 0), nearPath)
 		lost := w.far.Lost()

@@ -31,17 +31,14 @@ func tcpPair(b *testing.B) (a, z tunnel.Stream) {
 }
 
 func BenchmarkBulk(b *testing.B) {
-	for _, bare := range []bool{true, false} {
-		name := "resumable"
-		if bare {
-			name = "bare"
-		}
+	share := NewBudget(0).Share(0)
+	for name, cfg := range map[string]*Config{"bare": nil, "resumable": {}, "of a budget": {Share: share}} {
 		b.Run(name, func(b *testing.B) {
 			var from, to tunnel.Stream
 			under, over := tcpPair(b)
 			from, to = under, over
-			if !bare {
-				x, y := New(Config{}), New(Config{})
+			if cfg != nil {
+				x, y := New(*cfg), New(*cfg)
 				x.Attach(under, 0)
 				y.Attach(over, 0)
 				go x.Read(make([]byte, 1))

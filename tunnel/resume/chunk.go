@@ -10,6 +10,7 @@ type chunk struct {
 	start uint64 // offset of its first byte
 	buf   []byte // headBytes, then the bytes
 	class *class
+	of    *account
 	shut  bool // it has been sent, so nothing is added any more
 	users int  // Writes to a carrier stream that use it
 	freed bool
@@ -24,6 +25,9 @@ var classes = []*class{
 	newClass(headBytes + 63<<10),
 }
 
+// keptClass is for a piece that pull reads.
+var keptClass = newClass(headBytes + 16<<10)
+
 // A class keeps chunks of one size.
 type class struct {
 	size int
@@ -34,24 +38,147 @@ func newClass(size int) *class {
 	return &class{size: size, pool: sync.Pool{New: func() any { return &chunk{buf: make([]byte, headBytes, size)} }}}
 }
 
-// tailLocked returns a chunk with room, for n more bytes.
+// classFor returns the smallest class that takes n bytes, or the largest.
+func classFor(n int) *class {
+	for _, class := range classes {
+		if headBytes+n <= class.size {
+			return class
+		}
+	}
+	return classes[len(classes)-1]
+}
+
+// freshLocked makes a chunk, which has been paid for.
+func (c *Conn) freshLocked(of *account, class *class, start uint64) *chunk {
+	k := class.pool.Get().(*chunk)
+	*k = chunk{start: start, buf: k.buf[:headBytes], class: class, of: of}
+	of.held += class.size
+	return k
+}
+
+// dropLocked frees chunks.
+func (c *Conn) dropLocked(chunks *[]*chunk) {
+	for i, k := range *chunks {
+		k.of.held -= k.class.size
+		k.free()
+		(*chunks)[i] = nil
+	}
+	*chunks = nil
+	c.thriftLocked()
+}
+
+// tailLocked returns a chunk with room, for n more bytes; nil: there is no
+// memory left for one.
 func (c *Conn) tailLocked(n int) *chunk {
 	if last := len(c.chunks) - 1; last >= 0 {
 		if k := c.chunks[last]; !k.shut && len(k.buf) < cap(k.buf) {
 			return k
 		}
 	}
-	class := classes[len(classes)-1]
-	for _, smaller := range classes {
-		if headBytes+n <= smaller.size {
-			class = smaller
-			break
-		}
+	class := classFor(n)
+	if c.mustPayLocked(class.size, 0) > c.paid {
+		c.squeezeLocked()
 	}
-	k := class.pool.Get().(*chunk)
-	*k = chunk{start: c.end, buf: k.buf[:headBytes], class: class}
+	if !c.fitsLocked(class.size, 0, false) {
+		if n = min(n, floor-int(c.end-c.base)); n <= 0 {
+			return nil
+		}
+		class = classFor(n)
+		c.fitsLocked(class.size, 0, true)
+	}
+	k := c.freshLocked(&c.sentMemory, class, c.end)
 	c.chunks = append(c.chunks, k)
 	return k
+}
+
+// squeezeLocked joins chunks that have been sent: not across sent, where the
+// next frame's head goes over bytes that the peer need not have. A chunk is as large as its
+// class, however little was written: a peer that takes bytes one by one and
+// acknowledges none would make a thousand times as much be kept.
+func (c *Conn) squeezeLocked() {
+	if c.end <= c.base {
+		return
+	}
+	if c.sentMemory.held <= 2*int(c.end-c.base)+2*classes[len(classes)-1].size {
+		return // each byte is moved no more than a few times
+	}
+	var joined []*chunk
+	idle := func(k *chunk) bool { return k.users == 0 && k.end() <= c.sent }
+	for rest := c.chunks; len(rest) > 0; {
+		n, bytes := 0, 0
+		for n < len(rest) && idle(rest[n]) {
+			bytes += len(rest[n].buf) - headBytes
+			n++
+		}
+		if n < 2 {
+			n = max(n, 1)
+			joined = append(joined, rest[:n]...)
+			rest = rest[n:]
+			continue
+		}
+		var into *chunk
+		for i, k := range rest[:n] {
+			for p := k.buf[headBytes:]; len(p) > 0; {
+				if into == nil || len(into.buf) == cap(into.buf) {
+					into = c.freshLocked(&c.sentMemory, classFor(bytes), k.end()-uint64(len(p)))
+					into.shut = true
+					joined = append(joined, into)
+				}
+				took := into.add(p)
+				p, bytes = p[took:], bytes-took
+			}
+			k.of.held -= k.class.size
+			k.free()
+			rest[i] = nil
+		}
+		rest = rest[n:]
+	}
+	c.chunks = joined
+	c.thriftLocked()
+}
+
+// mayKeepLocked reports whether another piece that nobody has read may be kept.
+func (c *Conn) mayKeepLocked() bool {
+	if c.closed || c.err != nil || int(c.got-c.taken) < keptFloor {
+		return true
+	}
+	return c.fitsLocked(0, keptClass.size, false)
+}
+
+// keepLocked keeps what has come for Reads to come.
+func (c *Conn) keepLocked(p []byte) {
+	for len(p) > 0 {
+		last := len(c.kept) - 1
+		if last < 0 || len(c.kept[last].buf) == cap(c.kept[last].buf) {
+			class := classFor(len(p))
+			if class.size > keptClass.size {
+				class = keptClass
+			}
+			c.fitsLocked(0, class.size, true)
+			c.kept = append(c.kept, c.freshLocked(&c.keptMemory, class, 0))
+			last++
+		}
+		p = p[c.kept[last].add(p):]
+	}
+}
+
+// readKeptLocked reads what was kept.
+func (c *Conn) readKeptLocked(p []byte) int {
+	k := c.kept[0]
+	n := copy(p, k.buf[headBytes+c.keptAt:])
+	if c.keptAt += n; headBytes+c.keptAt == len(k.buf) {
+		read := c.kept[:1]
+		c.kept, c.keptAt = c.kept[1:], 0
+		c.dropLocked(&read)
+	}
+	if c.full { // perhaps no more
+		if c.full = false; c.waiting > 0 {
+			c.readOnLocked()
+		} else {
+			c.readOnSoonLocked()
+		}
+	}
+	return n
 }
 
 func (k *chunk) end() uint64 { return k.start + uint64(len(k.buf)-headBytes) }

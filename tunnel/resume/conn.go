@@ -1,6 +1,7 @@
 package resume
 
 import (
+	"container/list"
 	"io"
 	"net"
 	"os"
@@ -34,6 +35,9 @@ type Config struct {
 	// Limit is how long the Conn may be without a carrier stream, and how long
 	// it goes on delivering after Close; 0: DefaultLimit.
 	Limit time.Duration
+	// Share is what the memory beyond Free is taken from; nil: it is not bounded
+	// but by Window, for each Conn.
+	Share *Share
 	// Detached is called on a goroutine of its own when the carrier stream has
 	// failed and another is needed. May be nil.
 	Detached func(error)
@@ -51,7 +55,8 @@ type Config struct {
 //
 // Whoever reads, reads the carrier stream itself. Only where a Write waits for
 // acknowledgements and nobody reads does a goroutine read on, and keep the
-// data: the peer can not send more than Window.
+// data: the peer can not send more than Window. Where its Share is used up a
+// Conn keeps little, and waits: Writes for room, that goroutine for a Read.
 type Conn struct {
 	cfg  Config
 	done chan struct{} // closed when nothing more will be sent or read
@@ -85,13 +90,25 @@ type Conn struct {
 	pumping bool
 	waiting int // Writes that wait for room
 
+	sentMemory account       // of chunks
+	keptMemory account       // of kept
+	paid       int           // taken from the share for both
+	queued     *list.Element // in the share's queue; nil: it is not
+	full       bool          // nothing was left for pull to keep
+
+	// While full, and a Write waits.
+	watched  bool          // a timer runs that looks whether it is stuck
+	stuckFor time.Duration // after which it is
+	stuckAt  uint64        // base when it last was
+
 	// Receiving.
-	kept   []byte // read by pull for a Read to come
-	got    uint64 // received, kept included
-	taken  uint64 // by the application
-	acked  uint64 // what the peer has been told
-	ended  bool   // the peer's end has come
-	pieces int    // reads that were not empty since the last acknowledgement
+	kept   []*chunk // read by pull for Reads to come
+	keptAt int      // bytes of the first that have been read
+	got    uint64   // received, kept included
+	taken  uint64   // by the application
+	acked  uint64   // what the peer has been told
+	ended  bool     // the peer's end has come
+	pieces int      // reads that were not empty since the last acknowledgement
 	ackDue bool
 
 	closed    bool // by Close: nothing is read any more
@@ -109,7 +126,8 @@ func New(cfg Config) *Conn {
 	if cfg.Limit <= 0 {
 		cfg.Limit = DefaultLimit
 	}
-	c := &Conn{cfg: cfg, done: make(chan struct{})}
+	c := &Conn{cfg: cfg, done: make(chan struct{}), stuckFor: stuckAfter}
+	c.sentMemory.free, c.keptMemory.free = freeSent, freeKept
 	c.cond.L = &c.mu
 	c.readBy.cond, c.writeBy.cond = &c.cond, &c.cond
 	c.expiry = time.AfterFunc(cfg.Limit, c.expire)
@@ -249,14 +267,11 @@ func (c *Conn) failLocked(why error, tell bool) {
 	if c.over || c.err != nil {
 		return
 	}
-	c.err = why
+	c.err, c.full = why, false
 	c.lastWord = c.lastWord || why == errFrame
-	for _, k := range c.chunks {
-		k.free()
-	}
-	c.chunks = nil
+	c.dropLocked(&c.chunks)
 	if !c.ended {
-		c.kept = nil
+		c.dropLocked(&c.kept)
 	}
 	if c.resetting = tell && (c.under != nil || !c.lastWord); c.resetting {
 		c.expiry.Reset(c.cfg.Limit)
@@ -285,6 +300,7 @@ func (c *Conn) overLocked(told bool) {
 		}
 	}
 	close(c.done)
+	c.thriftLocked()
 	if c.cfg.Over != nil {
 		go c.cfg.Over()
 	}
@@ -309,8 +325,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		case c.closed:
 			return 0, net.ErrClosed
 		case len(c.kept) > 0:
-			n := copy(p, c.kept)
-			c.kept = c.kept[n:]
+			n := c.readKeptLocked(p)
 			c.takenLocked(n)
 			return n, nil
 		case c.ended:
@@ -426,10 +441,7 @@ func (c *Conn) heedLocked(f frame) {
 
 // failWritesLocked drops what has not been acknowledged: nobody reads it.
 func (c *Conn) failWritesLocked() {
-	for _, k := range c.chunks {
-		k.free()
-	}
-	c.chunks = nil
+	c.dropLocked(&c.chunks)
 	c.base, c.sent, c.most, c.credit = c.end+1, c.end+1, c.end+1, c.end+1
 	c.cond.Broadcast()
 }
@@ -437,10 +449,14 @@ func (c *Conn) failWritesLocked() {
 // ackLocked forgets what the peer has.
 func (c *Conn) ackLocked(offset uint64) {
 	c.base = max(c.base, offset)
-	for len(c.chunks) > 0 && c.chunks[0].end() <= c.base {
-		c.chunks[0].free()
-		c.chunks[0] = nil
-		c.chunks = c.chunks[1:]
+	n := 0
+	for n < len(c.chunks) && c.chunks[n].end() <= c.base {
+		n++
+	}
+	if n > 0 {
+		freed := c.chunks[:n]
+		c.chunks = c.chunks[n:]
+		c.dropLocked(&freed)
 	}
 	c.cond.Broadcast()
 	c.settleLocked()
@@ -476,6 +492,11 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 			}
 		}
 		k := c.tailLocked(min(room, len(p)))
+		if k == nil {
+			c.queueLocked()
+			c.waitLocked()
+			continue
+		}
 		took := k.add(p[:min(room, len(p))])
 		p, n = p[took:], n+took
 		c.end += uint64(took)
@@ -488,7 +509,9 @@ var errStopped = tunnel.Errorf(tunnel.ConnectionRefused, "the other end reads no
 // waitLocked waits for room.
 func (c *Conn) waitLocked() {
 	c.waiting++
-	c.readOnLocked()
+	if c.readOnLocked(); c.full {
+		c.watchFullLocked()
+	}
 	c.cond.Wait()
 	c.waiting--
 }
@@ -501,7 +524,7 @@ func (c *Conn) owedLocked() bool {
 
 // readOnLocked sees to it that somebody reads.
 func (c *Conn) readOnLocked() {
-	if !c.pulling && c.under != nil && !c.over {
+	if !c.pulling && !c.full && c.under != nil && !c.over {
 		c.pulling = true
 		go c.pull()
 	}
@@ -510,7 +533,7 @@ func (c *Conn) readOnLocked() {
 // readOnSoonLocked is readOnLocked if nobody reads for some time.
 func (c *Conn) readOnSoonLocked() {
 	switch {
-	case c.pulling || c.under == nil || c.over || !c.owedLocked():
+	case c.pulling || c.full || c.under == nil || c.over || !c.owedLocked():
 	case c.watch == nil:
 		c.watch = time.AfterFunc(readOnAfter, func() {
 			c.mu.Lock()
@@ -527,7 +550,7 @@ func (c *Conn) readOnSoonLocked() {
 // pull reads on while that is owed and nobody reads. pulling has been set for
 // it.
 func (c *Conn) pull() {
-	buf := make([]byte, 16<<10)
+	buf := make([]byte, keptClass.size-headBytes)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pulling = false
@@ -535,12 +558,17 @@ func (c *Conn) pull() {
 		if c.readers > 0 && len(c.kept) == 0 && c.waiting == 0 {
 			break // it reads itself
 		}
+		if c.full = !c.mayKeepLocked(); c.full {
+			c.queueLocked() // or until a Read makes room
+			c.watchFullLocked()
+			break
+		}
 		c.under.SetReadDeadline(time.Time{})
 		n := c.pullLocked(buf)
 		if c.closed || c.err != nil {
 			c.taken += uint64(n) // nobody wants it
 		} else {
-			c.kept = append(c.kept, buf[:n]...)
+			c.keepLocked(buf[:n])
 		}
 	}
 	if c.under != nil && !c.over {
@@ -646,7 +674,8 @@ func (c *Conn) Close() error {
 	if c.closed {
 		return net.ErrClosed
 	}
-	c.closed, c.endSaid, c.kept = true, true, nil
+	c.closed, c.endSaid, c.full = true, true, false
+	c.dropLocked(&c.kept)
 	if c.over {
 		return nil
 	}

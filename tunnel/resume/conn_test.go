@@ -35,7 +35,10 @@ type path struct {
 	wg        sync.WaitGroup
 }
 
-func newPath(t *testing.T) *path {
+func newPath(t *testing.T) *path { return newPathOf(t, nil, nil) }
+
+// newPathOf is newPath for Conns with shares.
+func newPathOf(t *testing.T, near, far *Share) *path {
 	p := &path{t: t}
 	client, server := tunneltest.Pair(t, tunneltest.Config{}, nil)
 	var err error
@@ -45,14 +48,14 @@ func newPath(t *testing.T) *path {
 	if p.sc, err = server.Carrier(); err != nil {
 		t.Fatal(err)
 	}
-	p.near = New(Config{Detached: func(error) {
+	p.near = New(Config{Share: near, Detached: func(error) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if !p.ended {
 			p.wg.Go(p.join)
 		}
 	}})
-	p.far = New(Config{})
+	p.far = New(Config{Share: far})
 	t.Cleanup(func() {
 		p.mu.Lock()
 		p.ended = true
@@ -144,7 +147,22 @@ func noise(seed byte, n int) []byte {
 }
 
 func TestBytesCrossAThousandCutsBothWays(t *testing.T) {
-	p := newPath(t)
+	t.Run("with room", func(t *testing.T) { crossCuts(t, nil, nil) })
+	t.Run("with a floor", func(t *testing.T) {
+		b := NewBudget(1)
+		crossCuts(t, b.Share(0), b.Share(0))
+		settled(t, b)
+	})
+	t.Run("with little room", func(t *testing.T) {
+		b := NewBudget(8 * grant)
+		s := b.Share(0)
+		crossCuts(t, s, s)
+		settled(t, b)
+	})
+}
+
+func crossCuts(t *testing.T, nearShare, farShare *Share) {
+	p := newPathOf(t, nearShare, farShare)
 	p.mu.Lock()
 	p.lossy = rand.New(rand.NewPCG(1, 2))
 	p.mu.Unlock()
@@ -188,6 +206,8 @@ func TestBytesCrossAThousandCutsBothWays(t *testing.T) {
 	}
 	p.near.Close()
 	p.far.Close()
+	<-p.near.Done()
+	<-p.far.Done()
 }
 
 func TestAnEndThatWasSaidWhileDetachedArrives(t *testing.T) {

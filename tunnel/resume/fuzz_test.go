@@ -33,7 +33,8 @@ func FuzzPeer(f *testing.F) {
 	f.Add(appendReset([]byte{frameData, 0, 1, 'x'}, tunnel.PolicyDenied), uint64(5))
 	f.Add([]byte{frameData, 0xff, 0xff, 'h'}, uint64(6))
 	f.Fuzz(func(t *testing.T, says []byte, received uint64) {
-		c := New(Config{})
+		b := NewBudget(1)
+		c := New(Config{Share: b.Share(0)})
 		c.Write([]byte("hello"))
 		c.Attach(said{bytes.NewReader(nil)}, 0)
 		c.Attach(said{bytes.NewReader(says)}, received)
@@ -43,5 +44,7 @@ func FuzzPeer(f *testing.F) {
 			t.Errorf("%d bytes out of %d", n, len(says))
 		}
 		<-c.Done()
+		c.Close()
+		settled(t, b)
 	})
 }

@@ -23,13 +23,14 @@ type Limits struct {
 	Associations   int // at once; default 10,000
 	Streams        int // at once; default 4,096
 	OpensPerSecond int // of both together, with a burst of as many; default 1,000
+	StreamMemory   int // bytes that all its streams keep for the next connection; default resume.DefaultShare
 }
 
 func (l Limits) withDefaults() Limits {
 	for _, f := range []struct {
 		field *int
 		def   int
-	}{{&l.Associations, 10_000}, {&l.Streams, 4096}, {&l.OpensPerSecond, 1000}} {
+	}{{&l.Associations, 10_000}, {&l.Streams, 4096}, {&l.OpensPerSecond, 1000}, {&l.StreamMemory, resume.DefaultShare}} {
 		if *f.field <= 0 {
 			*f.field = f.def
 		}
@@ -43,10 +44,11 @@ type FarConfig struct {
 	Peer   tunnel.Peer   // who the session's traffic is for
 	Peered wire.Version  // the sidecar's version
 	Limits Limits
-	Age    time.Duration // how long a datagram may wait; 0: media.MaxAge
-	ID     string        // the session's
-	Hold   time.Duration // how long the session lives without any connection; 0: DefaultHold
-	Ended  func(error)   // called once, on its own goroutine, when the session has ended; may be nil
+	Age    time.Duration  // how long a datagram may wait; 0: media.MaxAge
+	ID     string         // the session's
+	Memory *resume.Budget // of the streams of all sessions of the process; nil: Limits.StreamMemory alone bounds them
+	Hold   time.Duration  // how long the session lives without any connection; 0: DefaultHold
+	Ended  func(error)    // called once, on its own goroutine, when the session has ended; may be nil
 }
 
 // errEnded is why a session ends that its sidecar needs no longer.
@@ -62,6 +64,7 @@ type Far struct {
 	plane *plane
 	opens *rate.Limiter
 	pacer *bulk.Pacer
+	share *resume.Share
 
 	control  *control
 	ending   atomic.Pointer[tunnel.Error] // why the sidecar has been told to go; nil: it has not
@@ -96,6 +99,10 @@ func NewFar(cfg FarConfig) *Far {
 		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond),
 		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
+	if cfg.Memory == nil {
+		cfg.Memory = resume.NewBudget(cfg.Limits.StreamMemory)
+	}
+	f.share = cfg.Memory.Share(cfg.Limits.StreamMemory)
 	if f.cfg.Hold <= 0 {
 		f.cfg.Hold = DefaultHold
 	}
@@ -428,8 +435,8 @@ const (
 	maxEnded  = 1 << 16
 )
 
-// open makes the association that a record names. It runs on a reading
-// goroutine.
+// open makes the association that a record names, or counts why not. It runs on
+// a reading goroutine.
 func (f *Far) open(id uint32, held bool) *leg {
 	f.mu.Lock()
 	live := len(f.assocs)
@@ -437,6 +444,7 @@ func (f *Far) open(id uint32, held bool) *leg {
 	closed := f.assocs == nil
 	f.mu.Unlock()
 	if ended || closed {
+		f.drops.Add(media.Unknown)
 		return nil
 	}
 	if !f.opens.Allow() {
@@ -466,11 +474,13 @@ func (f *Far) open(id uint32, held bool) *leg {
 	switch {
 	case f.assocs == nil || ended: // the session or the association has ended meanwhile
 		f.mu.Unlock()
+		f.drops.Add(media.Unknown)
 		p.next.Close()
 		return nil
 	case p.over != nil: // it has ended at once
 		f.endLocked(id)
 		f.mu.Unlock()
+		f.drops.Add(media.Unknown)
 		p.next.Close()
 		f.tellClosed(id, p.over)
 		return nil

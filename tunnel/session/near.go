@@ -14,6 +14,7 @@ import (
 	"culvert/tunnel"
 	"culvert/tunnel/bulk"
 	"culvert/tunnel/media"
+	"culvert/tunnel/resume"
 	"culvert/tunnel/wire"
 )
 
@@ -24,6 +25,7 @@ type Near struct {
 	drops media.Drops
 
 	pacer  *bulk.Pacer
+	share  *resume.Share // of the streams of all sessions
 	live   atomic.Bool   // a channel is live
 	wanted chan struct{} // capacity 1: Busy may have become true
 
@@ -42,6 +44,10 @@ type Near struct {
 	current *Attached
 }
 
+// nearMemory bounds what the streams of all sessions keep for the next
+// connection, in bytes: 64 with a whole window.
+const nearMemory = 256 << 20
+
 type counter struct{ n, bytes atomic.Uint64 }
 
 func (c *counter) add(n int) {
@@ -52,7 +58,7 @@ func (c *counter) add(n int) {
 // NewNear makes a near end. age bounds how long a datagram may wait for a
 // blocked way; 0 means media.MaxAge.
 func NewNear(age time.Duration) *Near {
-	return &Near{age: age, pacer: bulk.New(), wanted: make(chan struct{}, 1), course: &course{origin: time.Now()}, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
+	return &Near{age: age, pacer: bulk.New(), share: resume.NewBudget(nearMemory).Share(nearMemory), wanted: make(chan struct{}, 1), course: &course{origin: time.Now()}, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
 }
 
 // SetLive says whether a channel is live: bulk then gives way to it at both ends.

@@ -462,7 +462,9 @@ func (p *plane) learn(h wire.Header) *leg {
 	l := p.legs[h.Association]
 	p.mu.RUnlock()
 	if l == nil && p.open != nil {
-		l = p.open(h.Association, h.Held)
+		if l = p.open(h.Association, h.Held); l == nil {
+			return nil // which has been counted
+		}
 	}
 	if l == nil {
 		p.drops.Add(media.Unknown)

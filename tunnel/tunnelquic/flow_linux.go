@@ -36,7 +36,7 @@ const (
 // flows share a socket with QUIC. quic-go reads through ReadBatch, on one
 // goroutine, and what somebody claims never gets further than that:
 //
-//	recvmmsg ─► 01xxxxxx, id claimed ─► recv, done
+//	recvmmsg ─► 01xxxxxx, id claimed ─► recv, done (too long for a buffer: its header alone)
 //	       └──► any other, or recv says it is not its own ─► copied to quic-go
 type flows struct {
 	raw    syscall.RawConn
@@ -183,7 +183,7 @@ func (f *flows) hand() {
 // take reports whether a packet is not for QUIC. Only those that look like
 // short headers can be (RFC 8999 §5.2).
 func (f *flows) take(d *netio.Datagram) bool {
-	if len(d.P) < 9 || d.P[0]>>6 != 1 || d.Truncated {
+	if len(d.P) < 9 || d.P[0]>>6 != 1 {
 		return false
 	}
 	if c := f.claims.get([8]byte(d.P[1:])); c != nil {
@@ -191,9 +191,13 @@ func (f *flows) take(d *netio.Datagram) bool {
 		if f.local {
 			path.Local = netio.Local(d.OOB)
 		}
+		if d.Truncated { // longer than any packet of QUIC: it can not be its own either
+			c.recv(d.P[:9], path)
+			return true
+		}
 		return c.recv(d.P, path)
 	}
-	return f.reset(d.P)
+	return !d.Truncated && f.reset(d.P)
 }
 
 // reset looks whether a packet ends with a token that is watched for.

@@ -79,9 +79,10 @@ func TestNoResetTellsTheTokenOfALivingID(t *testing.T) {
 	write(t, from, sealed(kept, 100))
 	write(t, from, sealed(shy, 100))
 	write(t, from, sealed(shy, 1400))
-	write(t, from, sealed(kept, maxPacket+1)) // cut off, so QUIC gets it
+	write(t, from, sealed(kept, maxPacket+1)) // cut off
 	isReset(t, from, sealed(dead, 100), token(dead))
 	came(t, "the packet of the claim", got)
+	came(t, "the head of the packet that was cut off", got)
 
 	from = stranger(t, l) // late answers go to the one before
 	f.Release(shy)
@@ -271,6 +272,75 @@ func TestTheWayItselfFindsOutAboutARestart(t *testing.T) {
 	})
 	if n := len(reset); n > 1 {
 		t.Errorf("OnReset was called %d times", n)
+	}
+}
+
+// Whether this end sends resets or not: what is too short for a sealed packet,
+// or too long to be read, is counted and answered by nobody.
+func TestCutSealedPacketsAreDroppedAndCounted(t *testing.T) {
+	const shortest = 9 // with the whole ID
+	for name, key := range map[string]*[32]byte{"with resets": {1, 2, 3}, "without": nil} {
+		t.Run(name, func(t *testing.T) {
+			s, c, _ := configs(t)
+			l := listen(t, Config{TLS: s, StatelessResetKey: key})
+			client, server := carriers(t, l, dialer(t, c))
+			root := bytes.Repeat([]byte{5}, 32)
+			var came [2]atomic.Int64
+			ends := []tunnel.Carrier{client, server}
+			var ways []*media.Sealed
+			for i, carrier := range ends {
+				w, err := media.NewSealed(media.SealedConfig{Flow: carrier.Flow(), Root: root, AEAD: wire.AES128GCM, Near: i == 0})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer w.Close()
+				w.Start(func([]byte) { came[i].Add(1) }, func() {})
+				ways = append(ways, w)
+			}
+			stranger := udp(t)
+			defer stranger.Close()
+			record := append([]byte{0, 1, 0, 0}, make([]byte, 100)...)
+			for i, carrier := range ends {
+				peer, to := ends[1-i], carrier.Stats().Local
+				to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), to.Port())
+				want := uint64(0)
+				cut := func(id [8]byte, size int) {
+					t.Helper()
+					if err := peer.Flow().Send(sealed(id, size), peer.Flow().Path()); err != nil {
+						t.Fatal(err)
+					}
+					if _, err := stranger.WriteToUDPAddrPort(sealed(id, size), to); err != nil {
+						t.Fatal(err)
+					}
+					want += 2
+					soon(t, "it is counted", func() bool { return ways[i].Lost()["truncated"] == want })
+				}
+				for id := range carrier.Flow().(*flow).mine {
+					for size := shortest; size < media.SealedOverhead; size++ {
+						cut(id, size)
+					}
+					cut(id, maxPacket+1)
+					cut(id, 9000)
+				}
+				if lost := ways[i].Lost(); len(lost) != 1 {
+					t.Errorf("end %d: lost %v", i, lost)
+				}
+				before := came[i].Load()
+				soon(t, "a sealed packet passes", func() bool {
+					if err := ways[1-i].Send(record); err != nil {
+						t.Fatal(err)
+					}
+					return came[i].Load() > before
+				})
+				if err := works(peer, carrier); err != nil {
+					t.Errorf("end %d: %v", i, err)
+				}
+			}
+			stranger.SetReadDeadline(time.Now().Add(50 * time.Millisecond)) // what was answered is here: QUIC has answered since
+			if n, from, err := stranger.ReadFromUDPAddrPort(make([]byte, 2000)); err == nil {
+				t.Errorf("%v answers with %d bytes", from, n)
+			}
+		})
 	}
 }
 

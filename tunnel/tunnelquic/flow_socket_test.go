@@ -104,7 +104,9 @@ func TestQUICGetsWhatNobodyTakes(t *testing.T) {
 		{[]byte{0x40}, true},
 		{nil, true},
 		{sealed(mine, 1452), false},
-		{sealed(mine, maxPacket+1), true}, // its end is lost
+		{sealed(mine, maxPacket+1), false}, // its end is lost
+		{sealed(shy, maxPacket+1), false},
+		{sealed([8]byte{1, 3}, maxPacket+1), true},
 		{sealed(shy, 104), true},
 	} {
 		write(t, peer, p.p)
@@ -127,13 +129,13 @@ func TestQUICGetsWhatNobodyTakes(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("QUIC got packets of %v bytes; want %v", got, want)
 	}
-	for _, n := range []int{100, 9, 1452} {
+	for _, n := range []int{100, 9, 1452, 9} {
 		if a := came(t, "a claimed packet", taken); len(a.p) != n || a.from != (tunnel.Path{Remote: from}) {
 			t.Errorf("the claim got %d bytes from %v; want %d", len(a.p), a.from, n)
 		}
 	}
-	if len(taken) != 0 || len(third) != 1 || refused != 2 {
-		t.Errorf("%d more for the first claim, %d for the third, %d refused by the second; want 0, 1, 2", len(taken), len(third), refused)
+	if len(taken) != 0 || len(third) != 1 || refused != 3 {
+		t.Errorf("%d more for the first claim, %d for the third, %d refused by the second; want 0, 1, 3", len(taken), len(third), refused)
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -150,6 +152,11 @@ func (w *way) Max() int {
 
 func (w *way) Name() string { return "quic-datagram" }
 
+// Reasons returns the words of Lost.
+func Reasons() []string { return slices.Collect(maps.Keys(new(way).Lost())) }
+
+// Lost counts what had to be dropped, by reason: "too_large" and
+// "connection_ended" when sending, "late" and "malformed" when receiving.
 func (w *way) Lost() map[string]uint64 {
 	return map[string]uint64{"too_large": w.tooLarge.Load(), "connection_ended": w.failed.Load(), "late": w.late.Load(), "malformed": w.malformed.Load()}
 }

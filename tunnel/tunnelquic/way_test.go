@@ -173,3 +173,34 @@ func TestDatagramsThatQUICHeldForTooLongAreDropped(t *testing.T) {
 		t.Errorf("%d were counted as late, want 1", n)
 	}
 }
+
+func TestWhatQUICCanNotSendOrReadIsCounted(t *testing.T) {
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	client, server := carriers(t, l, dialer(t, c))
+	server.Datagrams().Start(func([]byte) {}, func() {})
+	w := client.Datagrams().(*way)
+	w.Start(func([]byte) {}, func() {})
+	if err := w.link.conn.SendDatagram(make([]byte, stamp-1)); err != nil {
+		t.Fatal(err)
+	}
+	soon(t, "a datagram without a send time is counted", func() bool { return server.Datagrams().Lost()["malformed"] == 1 })
+	// As if the path had become narrower since Send looked.
+	w.filled <- append((<-w.free)[:0], make([]byte, maxPacket)...)
+	soon(t, "a datagram that is too large is counted", func() bool { return w.Lost()["too_large"] == 1 })
+	// Nothing is acknowledged any more: one waits within quic-go until the end.
+	kill(l)
+	blocked := 0 // looks in a row at which it took nothing
+	soon(t, "quic-go takes no more", func() bool {
+		err := w.Send(make([]byte, 1000))
+		for ; err == nil; err = w.Send(make([]byte, 1000)) {
+			blocked = 0
+		}
+		blocked++
+		return errors.Is(err, tunnel.ErrBlocked) && blocked > 20
+	})
+	client.Close(nil)
+	if n := w.Lost()["connection_ended"]; n == 0 {
+		t.Error("what quic-go held when the connection ended is not counted")
+	}
+}

@@ -1,7 +1,9 @@
 package tunneltls
 
 import (
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -205,6 +207,9 @@ func (w *lane) receive(recv func([]byte)) error {
 func (w *lane) Max() int { return maxDatagram }
 
 func (w *lane) Name() string { return "lane" }
+
+// Reasons returns the words of Lost.
+func Reasons() []string { return slices.Collect(maps.Keys(new(lane).Lost())) }
 
 // Lost counts "late": datagrams that were dropped on arrival because they were
 // older than Config.MaxAge.

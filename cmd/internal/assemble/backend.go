@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -11,8 +12,21 @@ import (
 	"culvert/sidecar/channel"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
+	"culvert/tunnel/media"
 	"culvert/tunnel/session"
+	"culvert/tunnel/tunnelquic"
+	"culvert/tunnel/tunneltls"
 )
+
+// notConnected is the reason for datagrams that came before there was a tunnel.
+const notConnected = "not_connected"
+
+// DropReasons returns the words under which a sidecar counts dropped datagrams.
+func DropReasons() []string {
+	all := slices.Concat(media.Reasons(), tunnelquic.Reasons(), tunneltls.Reasons(), sidecar.DropReasons(), []string{notConnected})
+	slices.Sort(all)
+	return slices.Compact(all)
+}
 
 // Backend is what the control API does to a sidecar.
 type Backend struct {
@@ -36,7 +50,7 @@ func (b *Backend) Status() control.Status {
 	}
 	fronts := maps.Clone(front.Dropped)
 	delete(fronts, "too_large") // what the link was given and could not hold: it has counted that
-	for _, more := range []map[string]uint64{link.Dropped, fronts, {"not_connected": sw.HeldDrops}} {
+	for _, more := range []map[string]uint64{link.Dropped, fronts, {notConnected: sw.HeldDrops}} {
 		for reason, n := range more {
 			st.Dropped[reason] += n
 		}

@@ -39,6 +39,7 @@ type CloudProxyParts struct {
 	Policy      *policy.Policy
 	Egress      egress.Config
 	Limits      session.Limits
+	Memory      int // bytes that the streams of all sessions keep; 0: the default
 	MaxWait     time.Duration
 	Drain       time.Duration
 	Log         *slog.Logger
@@ -82,7 +83,8 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 	p := CloudProxyParts{
 		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, Keys: keys, Policy: pol,
 		Egress:  out,
-		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond},
+		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond, StreamMemory: c.Limits.StreamMemory << 20},
+		Memory:  c.Limits.TotalStreamMemory << 20,
 		MaxWait: time.Duration(c.Media.MaxWait), Drain: time.Duration(c.Drain), Log: log,
 	}
 	for _, other := range c.Proxies {
@@ -165,7 +167,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 			_, release, err := admission.Admit(ctx, o)
 			return c.resolve, release, err
 		},
-		Limits: p.Limits, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
+		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"math"
 	"net"
 	"net/netip"
 
@@ -80,11 +81,17 @@ func (e *Egress) PublicAddrs() ([]netip.Addr, error) {
 	return all, nil
 }
 
-// Limits bound each session.
+// maxStreamMemory is a terabyte, in MiB, on machines that can count so far.
+const maxStreamMemory = min(1<<20, math.MaxInt>>20)
+
+// Limits bound each session, and TotalStreamMemory all of them.
 type Limits struct {
 	Associations   int `yaml:"associations,omitempty"`
 	Streams        int `yaml:"streams,omitempty"`
 	OpensPerSecond int `yaml:"opens_per_second,omitempty"`
+	// In MiB: of one session, and of all.
+	StreamMemory      int `yaml:"stream_memory,omitempty"`
+	TotalStreamMemory int `yaml:"total_stream_memory,omitempty"`
 }
 
 // ReadCloudProxy reads and checks cloudproxy.yaml.
@@ -147,6 +154,11 @@ func (c *CloudProxy) Check() error {
 	}
 	if _, err := c.Egress.PublicAddrs(); err != nil {
 		return err
+	}
+	for name, n := range map[string]int{"limits.stream_memory": c.Limits.StreamMemory, "limits.total_stream_memory": c.Limits.TotalStreamMemory} {
+		if n < 0 || n > maxStreamMemory {
+			return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %d is not a number of MiB up to %d", name, n, maxStreamMemory)
+		}
 	}
 	for name, n := range map[string]int{"limits.associations": c.Limits.Associations, "limits.streams": c.Limits.Streams, "limits.opens_per_second": c.Limits.OpensPerSecond, "egress.associations": c.Egress.Associations} {
 		if n < 0 {

@@ -89,6 +89,7 @@ func TestBadFilesAreRefusedWithTheirLineAndWhatWasMeant(t *testing.T) {
 		"a public name":           {cloud, goodCloudProxy + "egress: {public: [198.51.100.5, nat.example.net]}\n", []string{"egress.public", `"nat.example.net"`, "IP address"}},
 		"a public wildcard":       {cloud, goodCloudProxy + "egress: {public: 0.0.0.0}\n", []string{"egress.public", `"0.0.0.0"`, "one host"}},
 		"a negative limit":        {cloud, goodCloudProxy + "limits: {streams: -1}\n", []string{"line 7", "limits.streams", "-1"}},
+		"a memory too large":      {cloud, goodCloudProxy + "limits: {total_stream_memory: 9999999}\n", []string{"line 7", "limits.total_stream_memory", "9999999", "MiB"}},
 		"no certificate":          {cloud, strings.Replace(goodCloudProxy, "cert_file: cert.pem, ", "", 1), []string{"cert_file"}},
 		"a listen without a port": {cloud, goodCloudProxy + "listen: 0.0.0.0\n", []string{"listen", ":443"}},
 		"a host that is none":     {cloud, strings.Replace(goodCloudProxy, "proxy.example.net", "foo bar", 1), []string{"line 2", "address", "foo bar"}},
