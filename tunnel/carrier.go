@@ -73,6 +73,9 @@ type Flow interface {
 	// packet that is not its own after all, which the carrier then gets. An id
 	// that is claimed already is an error.
 	Claim(id [8]byte, recv func(p []byte, from Path) bool) error
+	// Late is how many packets of its claims were dropped since they had waited
+	// for too long in the socket, as when this process stood still.
+	Late() uint64
 	// Release ends a claim. It does not wait for a recv that runs.
 	Release(id [8]byte)
 	// Send sends one packet. It borrows p until it returns and never waits: a

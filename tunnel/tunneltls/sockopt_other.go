@@ -17,6 +17,8 @@ func keepShort(net.Conn, int, time.Duration) {}
 
 func roundTrip(net.Conn) time.Duration { return 0 }
 
+func waited(net.Conn) time.Duration { return 0 }
+
 func ask(net.Conn) (progress, bool) { return progress{}, false }
 
 func bbr() bool { return false }
