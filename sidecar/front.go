@@ -50,6 +50,9 @@ type FrontConfig struct {
 	// MaxConns bounds open connections, those that hold a UDP association
 	// included. What comes beyond it is closed at once. 0 is 4096.
 	MaxConns int
+	// MaxAge is how long an app's datagram may wait in our socket until it is
+	// dropped, as when this process stood still. 0: for ever.
+	MaxAge time.Duration
 	// Log may be nil.
 	Log *slog.Logger
 	// ListenUDP makes the socket of one UDP association, bound to the given
@@ -109,6 +112,9 @@ func NewFront(c FrontConfig) (*Front, error) {
 	if c.MaxConns < 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "MaxConns is %d; it can not be negative", c.MaxConns)
 	}
+	if c.MaxAge < 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "MaxAge is %v; it can not be negative", c.MaxAge)
+	}
 	addr, ok := c.Listener.Addr().(*net.TCPAddr)
 	if !ok {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Listener is on %s, which is not TCP", c.Listener.Addr())
@@ -130,6 +136,7 @@ func NewFront(c FrontConfig) (*Front, error) {
 		conns:     make(map[*frontConn]struct{}),
 		refused:   make(map[string]uint64),
 	}
+	f.poller.MaxAge = c.MaxAge
 	if f.maxConns == 0 {
 		f.maxConns = frontMaxConns
 	}
@@ -160,12 +167,16 @@ func (f *Front) Addr() net.Addr { return f.listener.Addr() }
 
 // Stats returns the counters.
 func (f *Front) Stats() FrontStats {
+	dropped := f.drops.byReason()
+	if n := f.poller.Late(); n > 0 {
+		dropped[dropLate] = n
+	}
 	s := FrontStats{
 		Relays:       int(f.relays.Load()),
 		Connections:  f.connections.Load(),
 		Streams:      f.streams.Load(),
 		Associations: f.associations.Load(),
-		Dropped:      f.drops.byReason(),
+		Dropped:      dropped,
 		Unreachable:  f.drops.unreachable.Load(),
 		Up:           f.drops.up.Load(),
 		Down:         f.drops.down.Load(),

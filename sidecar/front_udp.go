@@ -142,6 +142,9 @@ func (d *frontDrops) byReason() map[string]uint64 {
 	return m
 }
 
+// dropLate is the reason for what had waited for longer than FrontConfig.MaxAge.
+const dropLate = "late"
+
 // An association is one UDP ASSOCIATE: a socket on the address at which the
 // client reached us, relayed for the one client address that it is locked to.
 //

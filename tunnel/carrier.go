@@ -75,6 +75,9 @@ type Flow interface {
 	// bytes, and the carrier never gets it. An id that is claimed already is an
 	// error.
 	Claim(id [8]byte, recv func(p []byte, from Path) bool) error
+	// Late is how many packets of its claims were dropped since they had waited
+	// for too long in the socket, as when this process stood still.
+	Late() uint64
 	// Release ends a claim. It does not wait for a recv that runs.
 	Release(id [8]byte)
 	// Send sends one packet. It borrows p until it returns and never waits: a

@@ -21,6 +21,7 @@ type Config struct {
 	Public          []netip.Addr  // further addresses under which this host is reached, as behind a 1:1 NAT
 	Idle            time.Duration // an association without a datagram ends after it; 0: 2 minutes
 	DialTimeout     time.Duration // for one TCP connection; 0: 10 s
+	MaxAge          time.Duration // how long a datagram from outside may wait in a socket until it is dropped; 0: for ever
 	MaxAssociations int           // of all sessions together; 0: 100,000. Where the process may open fewer files: 80 % of these
 }
 
@@ -38,6 +39,7 @@ const (
 	dropFull     = "egress_full"     // the socket's send buffer, or too many hairpinned at once
 	dropFiltered = "egress_filtered" // from an address that was not sent to
 	dropError    = "egress_error"    // the kernel refused
+	dropLate     = "egress_late"     // waited in the socket for longer than MaxAge
 )
 
 // Egress is the last stage of a path. Its methods may be called concurrently.
@@ -76,8 +78,8 @@ func New(cfg Config) (*Egress, error) {
 	if cfg.Local6.IsValid() && (!cfg.Local6.Is6() || cfg.Local6.Is4In6()) {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Local6: %s is not an IPv6 address", cfg.Local6)
 	}
-	if cfg.Idle < 0 || cfg.DialTimeout < 0 || cfg.MaxAssociations < 0 {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Idle, DialTimeout and MaxAssociations can not be negative")
+	if cfg.Idle < 0 || cfg.DialTimeout < 0 || cfg.MaxAge < 0 || cfg.MaxAssociations < 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Idle, DialTimeout, MaxAge and MaxAssociations can not be negative")
 	}
 	if cfg.Idle == 0 {
 		cfg.Idle = 2 * time.Minute
@@ -97,6 +99,7 @@ func New(cfg Config) (*Egress, error) {
 		cfg: cfg, epoch: time.Now(), stop: make(chan struct{}),
 		assocs: map[*association]struct{}{}, streams: map[*stream]struct{}{}, ports: map[mapping]*socket{},
 	}
+	e.poller.MaxAge = cfg.MaxAge
 	e.own.refresh(cfg)
 	e.wg.Add(1)
 	go e.sweep()
@@ -169,7 +172,7 @@ func (e *Egress) Stats() Stats {
 	a, s := len(e.assocs), len(e.streams)
 	e.mu.RUnlock()
 	st := Stats{Associations: a, Streams: s, Sent: e.sent.Load(), Received: e.recvd.Load(), Dropped: map[string]uint64{}}
-	for reason, n := range map[string]uint64{dropFull: e.full.Load(), dropFiltered: e.filter.Load(), dropError: e.failed.Load()} {
+	for reason, n := range map[string]uint64{dropFull: e.full.Load(), dropFiltered: e.filter.Load(), dropError: e.failed.Load(), dropLate: e.poller.Late()} {
 		if n > 0 {
 			st.Dropped[reason] = n
 		}

@@ -405,9 +405,13 @@ func (s *Sealed) Close() {
 }
 
 // Lost counts what was dropped, by reason: "socket_full" when sending;
-// "not_authentic", "truncated", "replayed", "old_epoch", "early_epoch" and "not_started" when receiving.
+// "not_authentic", "truncated", "replayed", "old_epoch", "early_epoch", "not_started" and
+// "late" (they had waited in this end's socket) when receiving.
 func (s *Sealed) Lost() map[string]uint64 {
 	m := map[string]uint64{}
+	if n := s.flow.Late(); n > 0 {
+		m["late"] = n
+	}
 	for v := opened + 1; v < verdictsEnd; v++ {
 		if n := s.drops[v].Load(); n > 0 {
 			m[verdictWords[v]] = n

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"culvert/tunnel"
@@ -35,6 +36,7 @@ type memFlow struct {
 	watches map[[16]byte]func()
 	resets  bool // it has reset tokens
 	sent    []sealedParcel
+	late    atomic.Uint64
 	fails   func(n int) error // what Send returns for a packet of n bytes; nil: nothing fails
 }
 
@@ -75,6 +77,8 @@ func (f *memFlow) Path() tunnel.Path {
 	defer f.mu.Unlock()
 	return f.path
 }
+
+func (f *memFlow) Late() uint64 { return f.late.Load() }
 
 func (f *memFlow) ResetToken(id [8]byte) (token [16]byte, ok bool) {
 	copy(token[8:], id[:])

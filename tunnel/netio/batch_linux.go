@@ -5,8 +5,10 @@ package netio
 import (
 	"encoding/binary"
 	"net/netip"
+	"os"
 	"strconv"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -146,6 +148,44 @@ func addrPort(name *unix.RawSockaddrInet6) netip.AddrPort {
 // Local returns the address that a datagram was sent to, out of its control
 // messages (IP_PKTINFO, IPV6_PKTINFO); invalid: they do not say.
 func Local(oob []byte) netip.Addr {
+	if data := control(oob, unix.IPPROTO_IP, unix.IP_PKTINFO); len(data) >= unix.SizeofInet4Pktinfo {
+		return netip.AddrFrom4((*unix.Inet4Pktinfo)(unsafe.Pointer(&data[0])).Addr)
+	}
+	if data := control(oob, unix.IPPROTO_IPV6, unix.IPV6_PKTINFO); len(data) >= unix.SizeofInet6Pktinfo {
+		return netip.AddrFrom16((*unix.Inet6Pktinfo)(unsafe.Pointer(&data[0])).Addr).Unmap()
+	}
+	return netip.Addr{}
+}
+
+// Stamp makes the kernel note when it receives each datagram of a socket, for
+// Received.
+func Stamp(fd uintptr) error {
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1))
+}
+
+// Received returns when the kernel received a datagram, in ns since 1970, out
+// of its control messages; 0: they do not say.
+func Received(oob []byte) int64 {
+	data := control(oob, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS)
+	if len(data) < int(unsafe.Sizeof(unix.Timespec{})) {
+		return 0
+	}
+	return (*unix.Timespec)(unsafe.Pointer(&data[0])).Nano()
+}
+
+// Before reports whether the kernel received a datagram before a time, in ns
+// since 1970. What does not say when it came did not.
+func Before(oob []byte, since int64) bool {
+	at := Received(oob)
+	return at != 0 && at < since
+}
+
+// Oldest is the time before which what is age old now was received, in ns since
+// 1970, for Before.
+func Oldest(age time.Duration) int64 { return time.Now().UnixNano() - int64(age) }
+
+// control finds a control message.
+func control(oob []byte, level, kind int32) []byte {
 	for len(oob) >= unix.SizeofCmsghdr {
 		h := (*unix.Cmsghdr)(unsafe.Pointer(&oob[0]))
 		head, end := unix.CmsgLen(0), int(h.Len)
@@ -153,13 +193,10 @@ func Local(oob []byte) netip.Addr {
 			break
 		}
 		data := oob[head:end]
-		switch {
-		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
-			return netip.AddrFrom4((*unix.Inet4Pktinfo)(unsafe.Pointer(&data[0])).Addr)
-		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
-			return netip.AddrFrom16((*unix.Inet6Pktinfo)(unsafe.Pointer(&data[0])).Addr).Unmap()
+		if h.Level == level && h.Type == kind {
+			return data
 		}
 		oob = oob[min(unix.CmsgSpace(len(data)), len(oob)):]
 	}
-	return netip.Addr{}
+	return nil
 }

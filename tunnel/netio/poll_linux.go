@@ -43,6 +43,11 @@ const (
 // descriptor in the runtime's poller 52.) With one processor it is the other way
 // round: the runtime has no thread to wake, and would miss its only processor.
 type Poller struct {
+	// MaxAge is how long ago the kernel may have received a datagram; older ones
+	// are dropped. 0: any. It is set before the first socket is taken.
+	MaxAge time.Duration
+	late   atomic.Uint64
+
 	mu     sync.Mutex
 	closed bool
 	next   int
@@ -52,10 +57,11 @@ type Poller struct {
 
 // loop is one goroutine with its epoll descriptor.
 type loop struct {
-	epoll int
-	wake  int // an eventfd: written to once, when the poller closes
-	batch *Batch
-	bytes [pollStream]byte
+	poller *Poller
+	epoll  int
+	wake   int // an eventfd: written to once, when the poller closes
+	batch  *Batch
+	bytes  [pollStream]byte
 
 	events []unix.EpollEvent
 	n      int             // of them, filled in
@@ -87,8 +93,18 @@ func (p *Poller) Packet(conn *net.UDPConn, r Reader) (*Socket, error) {
 		conn.Close()
 		return nil, err
 	}
-	return p.take(conn, &Socket{r: r, Sender: Sender{v6: sender.v6}})
+	s, err := p.take(conn, &Socket{r: r, Sender: Sender{v6: sender.v6}})
+	if err == nil && p.MaxAge > 0 {
+		if err = Stamp(uintptr(s.fd)); err != nil {
+			s.Close()
+			return nil, err
+		}
+	}
+	return s, err
 }
+
+// Late is how many datagrams were dropped for their age.
+func (p *Poller) Late() uint64 { return p.late.Load() }
 
 // Stream takes over a connection; conn is not to be used any more, also when it
 // fails. Reading begins with Start.
@@ -137,7 +153,7 @@ func (p *Poller) loop() (*loop, error) {
 	i := p.next % len(p.loops)
 	p.next++
 	if p.loops[i] == nil {
-		l, err := newLoop()
+		l, err := newLoop(p)
 		if err != nil {
 			return nil, err
 		}
@@ -163,7 +179,7 @@ func (p *Poller) Close() {
 	p.wg.Wait()
 }
 
-func newLoop() (*loop, error) {
+func newLoop(p *Poller) (*loop, error) {
 	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
@@ -173,7 +189,7 @@ func newLoop() (*loop, error) {
 		unix.Close(epoll)
 		return nil, os.NewSyscallError("eventfd", err)
 	}
-	l := &loop{epoll: epoll, wake: wake, batch: NewBatch(pollBatch, 1<<16), events: make([]unix.EpollEvent, pollEvents)}
+	l := &loop{poller: p, epoll: epoll, wake: wake, batch: NewBatch(pollBatch, 1<<16), events: make([]unix.EpollEvent, pollEvents)}
 	err = os.NewSyscallError("epoll_ctl",
 		unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wake)}))
 	if err == nil && runtime.GOMAXPROCS(0) == 1 {
@@ -312,11 +328,19 @@ func (l *loop) serve(s *Socket, events uint32) {
 		}
 		return
 	}
+	since := int64(0)
+	if l.poller.MaxAge > 0 {
+		since = Oldest(l.poller.MaxAge)
+	}
 	for i := range n {
 		if s.closed.Load() {
 			return
 		}
 		d := l.batch.At(i)
+		if Before(d.OOB, since) {
+			l.poller.late.Add(1)
+			continue
+		}
 		s.r.Take(d.P, d.From)
 	}
 	s.r.Flush()

@@ -8,11 +8,15 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // A Poller reads many sockets, here with a goroutine and a buffer for each. The
 // zero value is ready. Its methods may be called concurrently.
 type Poller struct {
+	// MaxAge is not heeded here: the system does not tell when a datagram came.
+	MaxAge time.Duration
+
 	mu      sync.Mutex
 	closed  bool
 	sockets map[*Socket]struct{}
@@ -44,6 +48,9 @@ func (p *Poller) Packet(conn *net.UDPConn, r Reader) (*Socket, error) {
 func (p *Poller) Stream(conn *net.TCPConn, r Reader) (*Socket, error) {
 	return &Socket{poller: p, stream: conn, r: r}, nil
 }
+
+// Late is how many datagrams were dropped for their age.
+func (p *Poller) Late() uint64 { return 0 }
 
 // Start begins to read. It is called once.
 func (s *Socket) Start() error {

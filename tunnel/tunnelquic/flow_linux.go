@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
@@ -44,7 +45,8 @@ type flows struct {
 	// local: the socket has many addresses, and answers must leave by the one
 	// that was asked.
 	local bool
-	key   []byte // of stateless resets; nil: none are sent
+	key   []byte        // of stateless resets; nil: none are sent
+	age   time.Duration // how long a claimed packet may wait in the socket; 0: for ever
 
 	changes sync.Mutex // held while one of these three is replaced
 	claims  table[*claim]
@@ -55,6 +57,7 @@ type flows struct {
 	// For the reading goroutine alone.
 	packets    *netio.Batch
 	next, held int            // packets of the batch: looked at, read
+	since      int64          // of the batch, claimed packets from before are dropped; ns since 1970
 	into       []ipv4.Message // of the ReadBatch under way
 	got        int            // of into, filled
 	err        error
@@ -64,6 +67,7 @@ type flows struct {
 }
 
 type claim struct {
+	flow  *flow
 	recv  func([]byte, tunnel.Path) bool
 	token [16]byte // of a reset that would answer it
 }
@@ -114,6 +118,14 @@ func (s *socket) start(c Config, server bool) error {
 	if server && c.StatelessResetKey != nil {
 		f.key = append([]byte(nil), c.StatelessResetKey[:]...)
 	}
+	f.age = c.MaxAge * 2 / 3 // the way to here has taken its time too
+	var failed error
+	if err = f.raw.Control(func(fd uintptr) { failed = netio.Stamp(fd) }); err == nil {
+		err = failed
+	}
+	if err != nil {
+		return err
+	}
 	f.packets = netio.NewBatch(batch, maxPacket)
 	f.fill = f.read
 	return nil
@@ -149,7 +161,10 @@ func (f *flows) read(fd uintptr) bool {
 		f.err = nil
 		return false
 	}
-	f.held = n
+	f.held, f.since = n, 0
+	if f.age > 0 {
+		f.since = netio.Oldest(f.age)
+	}
 	f.hand()
 	// A batch that is not full has emptied the socket, and what has come since
 	// is noted in the poller: no need to ask once more before waiting. A full
@@ -187,6 +202,10 @@ func (f *flows) take(d *netio.Datagram) bool {
 		return false
 	}
 	if c := f.claims.get([8]byte(d.P[1:])); c != nil {
+		if netio.Before(d.OOB, f.since) {
+			c.flow.late.Add(1)
+			return true
+		}
 		path := tunnel.Path{Remote: d.From}
 		if f.local {
 			path.Local = netio.Local(d.OOB)
@@ -281,6 +300,7 @@ func (f *flows) count(token [16]byte, by int) {
 type flow struct {
 	link *link
 	all  *flows
+	late atomic.Uint64
 
 	mu    sync.Mutex // before flows.changes
 	mine  map[[8]byte]*claim
@@ -306,7 +326,7 @@ func (f *flow) end() {
 }
 
 func (f *flow) Claim(id [8]byte, recv func([]byte, tunnel.Path) bool) error {
-	c := &claim{recv: recv}
+	c := &claim{flow: f, recv: recv}
 	if f.all.key != nil {
 		c.token = f.all.token(id)
 	}
@@ -327,6 +347,8 @@ func (f *flow) Claim(id [8]byte, recv func([]byte, tunnel.Path) bool) error {
 	f.mine[id] = c
 	return nil
 }
+
+func (f *flow) Late() uint64 { return f.late.Load() }
 
 func (f *flow) Release(id [8]byte) {
 	f.mu.Lock()

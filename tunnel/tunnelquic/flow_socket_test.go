@@ -492,3 +492,21 @@ func TestECNWorksThroughTheSharedSocket(t *testing.T) {
 	})
 	t.Logf("%d marked, %d not", r.marked.Load(), r.bare.Load())
 }
+
+// A process that stood still finds sealed packets that are of no use any more.
+// What QUIC does with its own is up to QUIC.
+func TestClaimedPacketsThatHaveWaitedAreDropped(t *testing.T) {
+	s, f, peer := shared(t)
+	s.flows.age = 50 * time.Millisecond
+	id := [8]byte{5}
+	taken := claimed(t, f, id)
+	write(t, peer, sealed(id, 100))
+	write(t, peer, []byte{0x80, 1})
+	time.Sleep(2 * s.flows.age) // nobody reads meanwhile
+	write(t, peer, []byte{0xff})
+	quic := 0
+	quicReads(t, s, 3, func(ipv4.Message) { quic++ })
+	if len(taken) != 0 || quic != 1 || f.Late() != 1 {
+		t.Errorf("the claim got %d, QUIC %d, %d were counted; want 0, 1, 1", len(taken), quic, f.Late())
+	}
+}

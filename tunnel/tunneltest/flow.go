@@ -62,6 +62,8 @@ func (f *flow) Send(p []byte, to tunnel.Path) error {
 
 func (f *flow) Path() tunnel.Path { return tunnel.Path{Remote: f.peer} }
 
+func (f *flow) Late() uint64 { return 0 }
+
 func (f *flow) ResetToken([8]byte) (token [16]byte, ok bool) { return token, false }
 
 func (f *flow) WatchReset([16]byte, func()) {}

@@ -21,6 +21,9 @@ const (
 	// readAtOnce is a lane's read buffer: one TLS record. It grows while a
 	// longer record comes in.
 	readAtOnce = 1 << 14
+	// longSilence is well within what a send time can tell (age.Range), and longer
+	// than a lane in use is silent.
+	longSilence = time.Second
 )
 
 // origin is that of the clock of all lanes, so that a datagram that goes on a
@@ -173,6 +176,9 @@ func (w *lane) transmit() error {
 func (w *lane) receive(recv func([]byte)) error {
 	var ages age.Ages
 	buf := make([]byte, readAtOnce)
+	// Where nothing was read for a while, or nothing yet, the send times alone do
+	// not tell what is late: this process may have stood still.
+	read := time.Time{}
 	for have := 0; ; {
 		n, err := w.link.Read(buf[have:])
 		if err != nil {
@@ -180,6 +186,10 @@ func (w *lane) receive(recv func([]byte)) error {
 		}
 		have += n
 		now := time.Since(origin)
+		old := time.Since(read) > longSilence && waited(w.link.raw) > w.maxAge
+		if !old {
+			read = time.Now()
+		}
 		at := 0
 		for {
 			sent, datagram, size, err := nextRecord(buf[at:have])
@@ -190,7 +200,7 @@ func (w *lane) receive(recv func([]byte)) error {
 				break
 			}
 			at += size
-			if ages.Of(now, sent) > w.maxAge {
+			if old || ages.Of(now, sent) > w.maxAge {
 				w.late.Add(1)
 				continue
 			}

@@ -46,6 +46,17 @@ func roundTrip(c net.Conn) (rtt time.Duration) {
 	return rtt
 }
 
+// waited is for how long at least has waited what can be read: since when nothing
+// more has come. 0: not known.
+func waited(c net.Conn) (since time.Duration) {
+	control(c, func(fd int) {
+		if info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			since = time.Duration(info.Last_data_recv) * time.Millisecond
+		}
+	})
+	return since
+}
+
 // ask asks what becomes of the data that c has sent.
 func ask(c net.Conn) (is progress, ok bool) {
 	control(c, func(fd int) {

@@ -19,6 +19,8 @@ func keepUnsent(net.Conn, int) {}
 
 func roundTrip(net.Conn) time.Duration { return 0 }
 
+func waited(net.Conn) time.Duration { return 0 }
+
 func ask(net.Conn) (progress, bool) { return progress{}, false }
 
 func bbr() bool { return false }

@@ -152,6 +152,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	if p.Address == "" {
 		p.Address = c.Addr.String()
 	}
+	p.Egress.MaxAge = maxAge(p.MaxWait)
 	if c.egress, err = egress.New(p.Egress); err != nil {
 		return nil, errors.Join(err, tl.Close(), ql.Close())
 	}

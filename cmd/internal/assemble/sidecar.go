@@ -1,6 +1,7 @@
 package assemble
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -19,6 +20,7 @@ import (
 	"culvert/sidecar"
 	"culvert/sidecar/channel"
 	"culvert/tunnel"
+	"culvert/tunnel/media"
 	"culvert/tunnel/tunnelquic"
 	"culvert/tunnel/tunneltls"
 	"culvert/tunnel/uplink"
@@ -114,7 +116,7 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 		return p.Name, p.PID
 	}
 	watch := sidecar.NewWatch(s.Switch, s.Watcher, func(by tunnel.Peer) channel.Owner { return sidecar.OwnerOf(by, find) })
-	fc := sidecar.FrontConfig{Listener: s.listener, Next: watch, MaxConns: c.Front.MaxConnections, Log: log}
+	fc := sidecar.FrontConfig{Listener: s.listener, Next: watch, MaxConns: c.Front.MaxConnections, MaxAge: maxAge(time.Duration(c.Media.MaxWait)), Log: log}
 	if c.Front.User != "" {
 		password, err := c.Front.Password()
 		if err != nil {
@@ -172,6 +174,10 @@ func network(to netip.AddrPort) string {
 	defer c.Close()
 	return c.LocalAddr().(*net.UDPAddr).IP.String()
 }
+
+// maxAge is how long a datagram may wait in a socket of this process: less than
+// in all, since its way takes time too.
+func maxAge(wait time.Duration) time.Duration { return cmp.Or(wait, media.MaxAge) * 2 / 3 }
 
 // rootsFrom adds a file's certificates to the system's. nil: the system's alone.
 func rootsFrom(file string) (*x509.CertPool, error) {
