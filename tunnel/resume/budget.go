@@ -27,7 +27,7 @@ const (
 	DefaultBudget = 512 << 20
 	DefaultShare  = 64 << 20
 	// A Conn is stuck when it could keep nothing for so long, and nothing was
-	// read or acknowledged; each time twice as long where it did not help.
+	// read or acknowledged; twice as long each time that it did not help.
 	stuckAfter = 500 * time.Millisecond
 	stuckMost  = time.Minute
 )

@@ -10,9 +10,9 @@ type chunk struct {
 	start uint64 // offset of its first byte
 	buf   []byte // headBytes, then the bytes
 	class *class
-	of    *account
-	shut  bool // it has been sent, so nothing is added any more
-	users int  // Writes to a carrier stream that use it
+	of    *account // where it is counted; nil when freed
+	shut  bool     // it has been sent, so nothing is added any more
+	users int      // Writes to a carrier stream that use it
 	freed bool
 }
 
@@ -91,10 +91,11 @@ func (c *Conn) tailLocked(n int) *chunk {
 	return k
 }
 
-// squeezeLocked joins chunks that have been sent: not across sent, where the
-// next frame's head goes over bytes that the peer need not have. A chunk is as large as its
+// squeezeLocked joins chunks that have been sent. A chunk is as large as its
 // class, however little was written: a peer that takes bytes one by one and
-// acknowledges none would make a thousand times as much be kept.
+// acknowledges none would make a thousand times as much be kept. What is still
+// to be sent stays apart: its frame's head goes over the bytes before it, which
+// the peer need not have.
 func (c *Conn) squeezeLocked() {
 	if c.end <= c.base {
 		return
@@ -210,7 +211,7 @@ func (k *chunk) release() {
 
 // free says that the bytes are not needed again.
 func (k *chunk) free() {
-	k.freed = true
+	k.freed, k.of = true, nil
 	if k.users == 0 {
 		k.class.pool.Put(k)
 	}
