@@ -143,6 +143,19 @@ func (r *run) silent(now time.Time) bool {
 	return r.u.Busy() && !r.choose.doubt.IsZero() && now.Sub(r.choose.doubt) > silentFor
 }
 
+// moves says whether the reason for looking for another cloud proxy still stands.
+func (r *run) moves(now time.Time) bool {
+	switch r.move.why {
+	case whyGoing:
+		return true
+	case whySilent:
+		return r.silent(now)
+	case whyPreferred:
+		return !r.u.Busy() && !r.u.Streaming()
+	}
+	return false
+}
+
 // others returns the cloud proxies beside the one in use.
 func (r *run) others() []string {
 	return slices.DeleteFunc(r.u.others(r.address), func(a string) bool { return same(a, r.named) })

@@ -263,11 +263,10 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 		case err := <-r.over:
 			return nil, wrapLost(err)
 		case g := <-r.move.found:
-			if r.move.why == whySilent && !r.silent(time.Now()) { // it has come back meanwhile
-				g.cand.Close()
-				continue
+			if r.moves(time.Now()) {
+				return g, nil
 			}
-			return g, nil
+			g.cand.Close()
 		case <-going:
 			going = nil
 			r.u.log.Warn("the cloud proxy is about to stop: what is running may finish, nothing new is taken")
