@@ -49,9 +49,15 @@ func newOnly443(t *testing.T, bin string) *only443 { return newOnly443On(t, bin,
 // configuration before it is used.
 func newOnly443On(t *testing.T, bin string, pair *netpair.Pair, change ...func(dir string)) *only443 {
 	t.Helper()
+	return newOnly443Named(t, bin, pair, netpair.FarAddr.String(), change...)
+}
+
+// newOnly443Named is newOnly443On with a cloud proxy that goes by host.
+func newOnly443Named(t *testing.T, bin string, pair *netpair.Pair, host string, change ...func(dir string)) *only443 {
+	t.Helper()
 	o := &only443{t: t, pair: pair, dir: t.TempDir(), culvert: filepath.Join(bin, "culvert"), socket: runSocket(t)}
 	cloud := filepath.Join(bin, "culvert-cloudproxy")
-	if out, err := exec.Command(cloud, "init", "--host", netpair.FarAddr.String(), "--dir", o.dir, "--allow", "127.0.0.0/8").CombinedOutput(); err != nil {
+	if out, err := exec.Command(cloud, "init", "--host", host, "--dir", o.dir, "--allow", "127.0.0.0/8").CombinedOutput(); err != nil {
 		t.Fatalf("init: %v\n%s", err, out)
 	}
 	for _, f := range change {

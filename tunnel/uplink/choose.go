@@ -269,6 +269,14 @@ func restAgain(last time.Duration) time.Duration {
 	return min(max(2*last, udpRest), maxUDPAgain)
 }
 
+// suspect has the way in use asked at once, with all others: something has
+// changed that it may not have outlived.
+func (c *chooser) suspect(now time.Time) {
+	if c.way != wire.NoWay && c.doubt.IsZero() {
+		c.doubt, c.congested = now, false
+	}
+}
+
 // watch looks after the way in use.
 func (c *chooser) watch(v view, o *orders) {
 	s := v.ways[c.way]

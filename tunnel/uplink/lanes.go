@@ -2,6 +2,7 @@ package uplink
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"culvert/tunnel"
@@ -24,8 +25,9 @@ const (
 
 // keepLanes keeps lanes joined while the path is wanted: one, and as many as
 // serve a call best while datagrams go by lanes or may soon. New ones are
-// dialled while the path has a carrier without datagrams of its own; those that
-// there are outlive it, since the call may go by them. It gives the carrier up
+// dialled while the path has a carrier without datagrams of its own, or is about
+// to have one again and a call waits; those that there are outlive it, since the
+// call may go by them. It gives the carrier up
 // when no lane can be had beside it, and returns when ctx has ended.
 func (p *path) keepLanes(ctx context.Context) {
 	at, log := p.run.at, p.run.u.log
@@ -46,10 +48,14 @@ func (p *path) keepLanes(ctx context.Context) {
 			ended <- l
 		}()
 	}
+	var closing sync.WaitGroup // which may take a second each
+	shut := func(l tunnel.Lane, why error) {
+		at.RemoveLane(l)
+		closing.Go(func() { l.Close(why) })
+	}
 	closeAll := func(why error) {
 		for l := range live {
-			at.RemoveLane(l)
-			l.Close(why)
+			shut(l, why)
 		}
 	}
 	defer func() {
@@ -66,6 +72,7 @@ func (p *path) keepLanes(ctx context.Context) {
 				}
 			}
 		}
+		closing.Wait()
 	}()
 	var beside tunnel.Carrier // nil: none, or one that needs no lanes
 	rest := time.Duration(0)  // after a failure
@@ -76,8 +83,8 @@ func (p *path) keepLanes(ctx context.Context) {
 	defer soon.Stop()
 	for {
 		need := 0
-		c, wanted, now := p.serving()
-		if c != nil && c.Datagrams() == nil {
+		c, wanted, eager, now := p.serving()
+		if c != nil && c.Datagrams() == nil || eager {
 			need = int(p.lanes.Load())
 		} else {
 			c = nil
@@ -89,7 +96,7 @@ func (p *path) keepLanes(ctx context.Context) {
 			}
 		}
 		if !wanted || now != drops {
-			drops = now
+			drops, rest = now, 0
 			closeAll(errNotWanted)
 		}
 		if len(live)+dialling < need {
@@ -110,7 +117,10 @@ func (p *path) keepLanes(ctx context.Context) {
 			}
 			dialling++
 			go func() {
-				limit := laneDial + 4*c.Stats().RTT
+				limit := laneDial
+				if c != nil {
+					limit += 4 * c.Stats().RTT
+				}
 				ctx, cancel := context.WithTimeoutCause(inner, limit, tunnel.Errorf(tunnel.CloudUnreachable, "a lane to the cloud proxy took longer than %v", limit.Round(time.Millisecond)))
 				defer cancel()
 				g, err := p.run.join(ctx, p.dial, wire.AsLane)
@@ -143,8 +153,7 @@ func (p *path) keepLanes(ctx context.Context) {
 			}
 		case l := <-ended:
 			delete(live, l)
-			at.RemoveLane(l)
-			l.Close(nil)
+			shut(l, nil)
 			if !wanted {
 				continue
 			}

@@ -3,6 +3,7 @@ package uplink
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,13 +20,19 @@ const (
 	joinStagger = 200 * time.Millisecond
 	joinTries   = 3 // so often before that becomes longer
 	maxJoinRest = time.Minute
+	// renewals is how often joining anew is tried after a change of address.
+	renewals = 5
 )
 
 // A path is one of the two families by which a session is reached: QUIC on UDP,
 // or TLS on TCP with lanes for datagrams. It keeps a carrier joined while that
 // is wanted:
 //
-//	idle ──wanted──► joining ──welcomed──► joined ──lost, or left for dead──► joining
+//	                                          ┌──another is welcomed──┐
+//	                                          ▼                       │
+//	idle ──wanted──► joining ──welcomed──► joined ──address changed───┤
+//	                    ▲                     │                       │
+//	                    │                     └──lost, or left for dead──► joining
 //	  ▲                 │ failed: rest 200 ms … 1 min     │
 //	  └──not wanted─────┴─────────────────────────────────┘
 type path struct {
@@ -48,7 +55,10 @@ type path struct {
 	worked  bool           // it has been joined in this session
 	later   time.Time      // not to be joined before
 	leave   error          // why the carrier has to go; nil: it may stay
-	drops   int            // how often it had to go
+	drops   int            // how often it had to go, or its lanes
+	renew   int            // attempts left to join anew while the carrier serves
+	remote  netip.AddrPort // of the carrier
+	network string         // by which the carrier was reached when it was joined
 	told    bool           // that it was lost
 }
 
@@ -126,12 +136,23 @@ func (p *path) joinedSince() (tunnel.Carrier, time.Time) {
 	return p.carrier, p.since
 }
 
-// serving returns the carrier, nil where there is none, whether the path is
-// wanted, and how often it was dropped.
-func (p *path) serving() (c tunnel.Carrier, wanted bool, drops int) {
+// reached returns the address that the carrier goes to; invalid: there is none.
+func (p *path) reached() netip.AddrPort {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.carrier, p.wanted, p.drops
+	if p.carrier == nil {
+		return netip.AddrPort{}
+	}
+	return p.remote
+}
+
+// serving returns the carrier, nil where there is none, whether the path is
+// wanted, and how often it was dropped. eager: it is about to have a carrier
+// again, and a call waits.
+func (p *path) serving() (c tunnel.Carrier, wanted, eager bool, drops int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.carrier, p.wanted, p.wanted && p.urgent && p.worked && p.carrier == nil, p.drops
 }
 
 // stands reports whether the path is joined, and what failed last: a join, or a
@@ -150,9 +171,45 @@ func (p *path) fail(err error) {
 	p.run.tell()
 }
 
+// move is told that this host's addresses or routes have changed. What is joined
+// by another address is joined again, beside what there is: for TCP, which ends
+// with its address, and where nothing leads to the cloud proxy's address any more,
+// which may have one of the other family. What waits to be joined is joined at once.
+func (p *path) move() {
+	network := p.run.u.cfg.Network
+	p.mu.Lock()
+	at := network(p.remote)
+	switch {
+	case p.carrier == nil:
+		p.later, p.fails = time.Time{}, 0
+	case at == p.network:
+	case at == "", p.kind != "quic": // QUIC and sealed packets go on by any address
+		p.renew = renewals
+	}
+	if p.kind != "quic" && (p.carrier == nil || at != p.network) {
+		p.drops++ // of the lanes, which are joined again at once
+	}
+	if at != "" {
+		p.network = at
+	}
+	p.mu.Unlock()
+	p.poke()
+	p.pokeLanes()
+}
+
 // keep runs the path until ctx ends. granted is a connection that has been
 // welcomed already; nil: none.
 func (p *path) keep(ctx context.Context, granted *granted) {
+	var before tunnel.Carrier // serves until the next does; nil: none does
+	var leaving sync.WaitGroup
+	part := func() {
+		if c := before; c != nil {
+			before = nil
+			p.run.at.RemoveCarrier(c)
+			leaving.Go(func() { c.Close(errReplaced) }) // which may take a second
+		}
+	}
+	defer leaving.Wait()
 	for ctx.Err() == nil {
 		if granted == nil {
 			var rest time.Duration
@@ -161,15 +218,21 @@ func (p *path) keep(ctx context.Context, granted *granted) {
 				continue
 			}
 		}
-		err := p.serve(ctx, granted)
+		c, next, err := p.serve(ctx, granted, part)
+		if granted, before = next, c; next != nil {
+			continue
+		}
 		if err != nil && ctx.Err() == nil {
 			p.narrate("", tunnel.CodeOf(err), tunnel.Sentence(err))
 		}
-		granted = nil
 		p.mu.Lock()
 		p.granted, p.since, p.failed = false, time.Now(), err
 		p.mu.Unlock()
 		p.run.tell()
+	}
+	part()
+	if granted != nil {
+		granted.cand.Close()
 	}
 }
 
@@ -269,29 +332,40 @@ func (p *path) pause(fails int) time.Duration {
 	return p.run.u.cfg.jitter(rest)
 }
 
-// serve lets a connection serve the session until it is lost or not wanted. It
-// returns why; nil: it is not wanted.
-func (p *path) serve(ctx context.Context, g *granted) error {
-	c, err := g.cand.Carrier()
+// serve lets a connection serve the session until it is lost or not wanted, and
+// returns why; nil: it is not wanted. Or until another is welcomed, which it
+// returns, with the carrier that still serves. joined is called when the
+// connection serves.
+func (p *path) serve(ctx context.Context, g *granted, joined func()) (c tunnel.Carrier, next *granted, err error) {
+	c, err = g.cand.Carrier()
 	if err != nil {
 		g.cand.Close()
-		return err
+		joined()
+		return nil, nil, err
 	}
 	if err = p.run.at.AddCarrier(c, g.welcome.Sealed); err != nil {
 		c.Close(err)
-		return err
+		joined()
+		return nil, nil, err
 	}
+	remote := g.cand.RemoteAddr()
+	network := p.run.u.cfg.Network(remote)
 	p.mu.Lock()
 	again := p.told
 	p.carrier, p.since, p.leave, p.failed, p.worked = c, time.Now(), nil, nil, true
+	p.remote, p.network, p.renew = remote, network, 0
 	p.mu.Unlock()
+	joined()
 	if again {
 		p.narrate(p.kind, tunnel.PathJoined, "")
 	}
 	p.run.tell()
 	p.pokeLanes()
 
-	err = p.watch(ctx, c)
+	next, err = p.watch(ctx, c)
+	if next != nil {
+		return c, next, nil
+	}
 	p.mu.Lock()
 	p.carrier, p.granted, p.failed = nil, false, err
 	p.mu.Unlock()
@@ -300,32 +374,59 @@ func (p *path) serve(ctx context.Context, g *granted) error {
 	p.run.tell() // before closing, which may take a second
 	c.Close(err)
 	if err == errNotWanted {
-		return nil
+		err = nil
 	}
-	return err
+	return nil, nil, err
 }
 
-// errNotWanted is why a carrier ends that is no longer needed.
-var errNotWanted = errors.New("the sidecar needs it no longer")
+// Why a carrier ends that still served.
+var (
+	errNotWanted = errors.New("the sidecar needs it no longer")
+	errReplaced  = errors.New("the sidecar has joined by another address")
+)
 
-// watch returns why a carrier has to go.
-func (p *path) watch(ctx context.Context, c tunnel.Carrier) error {
+// watch returns why a carrier has to go, or another connection that is to take
+// its place.
+func (p *path) watch(ctx context.Context, c tunnel.Carrier) (*granted, error) {
 	for {
 		p.mu.Lock()
-		wanted, leave := p.wanted, p.leave
+		wanted, leave, renew := p.wanted, p.leave, p.renew
+		p.renew = max(renew-1, 0)
 		p.mu.Unlock()
 		switch {
 		case leave != nil:
-			return leave
+			return nil, leave
 		case !wanted:
-			return errNotWanted
+			return nil, errNotWanted
+		}
+		var again <-chan time.Time
+		if renew > 0 {
+			if g := p.fresh(ctx); g != nil {
+				return g, nil
+			}
+			again = time.After(joinStagger)
 		}
 		select {
 		case <-c.Done():
-			return wrapLost(c.Err())
+			return nil, wrapLost(c.Err())
 		case <-p.wake:
+		case <-again:
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// fresh joins once more; nil: it can not be done now.
+func (p *path) fresh(ctx context.Context) *granted {
+	ctx, cancel := context.WithTimeout(ctx, joinTime)
+	defer cancel()
+	g, err := p.run.join(ctx, p.dial, wire.AsCarrier)
+	switch {
+	case err == nil:
+		return g
+	case tunnel.CodeOf(err) == tunnel.SessionUnknown:
+		p.run.end(err)
+	}
+	return nil
 }

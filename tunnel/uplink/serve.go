@@ -3,6 +3,7 @@ package uplink
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -62,6 +63,8 @@ type run struct {
 	tcpHeard time.Time   // when something last came by lanes
 	network  string      // which it was when last asked, at asked
 	asked    time.Time
+	askedOf  netip.AddrPort // where to
+	moved    *tunnel.Change // of the address, to be told; nil: there is none
 }
 
 func (r *run) tell() {
@@ -198,7 +201,8 @@ const networkEvery = 2 * time.Second
 
 // enter finds out in which network the session is, and takes what is known of it.
 func (r *run) enter(now time.Time) {
-	r.asked, r.network = now, r.u.cfg.Network(r.state.Remote)
+	r.asked, r.askedOf = now, r.remote()
+	r.network = r.u.cfg.Network(r.askedOf)
 	known := r.u.memory.of(r.network)
 	r.choose.again = known.again
 	if r.state.Carrier == "quic" && r.choose.way == wire.NoWay { // UDP has just passed
@@ -226,14 +230,54 @@ func (r *run) remember() {
 // follow sees to it that what was found in one network is not held against
 // another.
 func (r *run) follow(now time.Time) {
-	if now.Sub(r.asked) < networkEvery {
+	remote := r.remote()
+	if now.Sub(r.asked) < networkEvery && remote == r.askedOf {
 		return
 	}
-	r.asked = now
-	if network := r.u.cfg.Network(r.state.Remote); network != "" && network != r.network {
+	r.asked, r.askedOf = now, remote
+	if before, network := r.network, r.u.cfg.Network(remote); network != "" && network != before {
 		r.remember()
 		r.enter(now)
+		if before != "" {
+			r.moved = &tunnel.Change{At: now, What: tunnel.ChangedAddress, From: before, To: network, Cause: tunnel.AddressChanged}
+		}
 	}
+}
+
+// remote is the cloud proxy's address that the session is reached at.
+func (r *run) remote() netip.AddrPort {
+	for _, p := range r.paths() {
+		if at := p.reached(); at.IsValid() {
+			return at
+		}
+	}
+	return r.state.Remote
+}
+
+// tryAll asks at once whether what served still does: this host's addresses or
+// routes have changed, or it stood still.
+func (r *run) tryAll(now time.Time) {
+	r.asked = time.Time{} // for the network
+	for _, p := range r.paths() {
+		p.move()
+	}
+	r.choose.suspect(now)
+}
+
+const (
+	// clockEvery is how often the clocks are looked at.
+	clockEvery = time.Second
+	// stoodFor is from when on what is missing means that this process stood still.
+	stoodFor = time.Second
+)
+
+// stood is for how long this process or its machine stood still between two
+// looks at the clocks. The monotonic one goes on while a process is stopped, and
+// not while a machine sleeps; the other one does, and may be set.
+func stood(before, now time.Time) time.Duration {
+	ran := now.Sub(before)
+	slept := now.Round(0).Sub(before.Round(0)) - ran
+	return max(ran-clockEvery, slept)
 }
 
 // leave lets the cloud proxy end the session, so that nothing is held for us.
@@ -256,7 +300,10 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	going := r.at.Going()
+	looked := time.Now()
+	due := looked
 	for {
+		clock := false // the clock alone is to be looked at
 		select {
 		case <-ctx.Done():
 			return nil, nil
@@ -274,9 +321,23 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 		case <-r.news:
 		case <-r.at.News():
 		case <-r.u.Wanted():
+		case <-r.u.cfg.Changed:
+			r.tryAll(time.Now())
 		case <-timer.C:
+			clock = true
 		}
 		now := time.Now()
+		if slept := stood(looked, now); slept > stoodFor {
+			r.u.log.Info("the sidecar or its machine stood still; all paths are tried", "for", slept.Round(time.Millisecond))
+			r.tcpHeard = now // nothing could be heard
+			r.tryAll(now)
+			clock = false
+		}
+		looked = now
+		if clock && now.Before(due) {
+			timer.Reset(min(due.Sub(now), clockEvery))
+			continue
+		}
 		next := r.step(now)
 		switch lost := r.alone(); {
 		case lost == nil:
@@ -292,7 +353,8 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 			r.move.halt()
 		}
 		r.prefer(now)
-		timer.Reset(next)
+		due = now.Add(next)
+		timer.Reset(min(next, clockEvery))
 	}
 }
 
@@ -353,6 +415,9 @@ func (r *run) step(now time.Time) time.Duration {
 		r.at.Adopt()
 		change, r.adopt = r.adopt, nil
 		change.At = now
+	}
+	if change == nil {
+		change, r.moved = r.moved, nil
 	}
 	told, more := r.u.narrator.step(now, change, !r.choose.doubt.IsZero(), v.flowing)
 	r.tellChanges(told)
@@ -419,7 +484,7 @@ func (r *run) needs(now time.Time, v view) {
 	if r.udp != nil {
 		udp, _ = r.udp.stands()
 	}
-	urgent := v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero())
+	urgent := v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || r.choose.way == wire.NoWay && r.served)
 	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes, urgent)
 	lanes := 1
 	// On a link that is too slow for both, more lanes would only be more that waits.
@@ -459,7 +524,7 @@ func (r *run) describe(o orders) *tunnel.LinkState {
 		c := connecting(wrapLost(lost))
 		return &c
 	}
-	s.Phase = tunnel.LinkUp
+	s.Phase, s.Remote = tunnel.LinkUp, r.remote()
 	s.Way = o.first.String()
 	s.Carrier = "quic"
 	if o.first == wire.WayLanes {

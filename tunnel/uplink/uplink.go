@@ -28,6 +28,9 @@ type Config struct {
 	// that what was found about UDP is remembered for each. "": there is none at
 	// the moment. nil: all are one.
 	Network func(to netip.AddrPort) string
+	// Changed receives when this host's addresses or routes may have changed, as
+	// often as it likes. nil: nobody tells.
+	Changed <-chan struct{}
 	Log     *slog.Logger                      // nil: none
 	jitter  func(time.Duration) time.Duration // tests
 }
@@ -167,6 +170,8 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 		}
 		select {
 		case <-time.After(pause):
+		case <-u.cfg.Changed:
+			wait = firstBackoff
 		case <-ctx.Done():
 			err = nil
 			return nil

@@ -39,7 +39,9 @@ type Sidecar struct {
 	Watcher  *channel.Watcher
 	Link     tunnel.Link
 	Policy   *policy.Policy // nil: the cloud proxy alone decides
-	setLive  func(bool)     // tells the link whether a channel is live
+	changes  *changes
+	log      *slog.Logger
+	setLive  func(bool) // tells the link whether a channel is live
 	listener net.Listener
 	egress   *egress.Egress // for direct mode; else nil
 }
@@ -49,14 +51,14 @@ type Sidecar struct {
 //	front ──► watch ──► switch ──► guard ──► uplink (session, carriers)
 //	                      └─ stopped, when_stopped: direct ──► resolve ──► guard ──► egress
 func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
-	s = &Sidecar{}
+	s = &Sidecar{changes: newChanges(), log: log}
 	made := s // a return with an error has set s to nil
 	defer func() {
 		if err != nil {
 			made.Close()
 		}
 	}()
-	link, err := newUplink(c, log)
+	link, err := newUplink(c, s.changes.told, log)
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +132,7 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 	return s, nil
 }
 
-func newUplink(c *config.Sidecar, log *slog.Logger) (*uplink.Uplink, error) {
+func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*uplink.Uplink, error) {
 	key, err := sidecarKey(c.Identity.KeyFile)
 	if err != nil {
 		return nil, err
@@ -156,7 +158,7 @@ func newUplink(c *config.Sidecar, log *slog.Logger) (*uplink.Uplink, error) {
 		return nil, err
 	}
 	return uplink.New(uplink.Config{
-		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network,
+		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed,
 		Open: func() (wire.Open, error) {
 			token, err := c.Identity.TokenNow()
 			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err
@@ -220,6 +222,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	wg.Go(func() { defer cancel(); errs[1] = s.Front.Run(ctx) })
 	wg.Go(func() { sidecar.TickWatch(ctx, s.Watcher) })
 	wg.Go(func() { s.tellLive(ctx) })
+	wg.Go(func() { s.changes.run(ctx, s.log) })
 	wg.Wait()
 	s.Close()
 	return errors.Join(errs...)
