@@ -176,9 +176,11 @@ func (p *path) fail(err error) {
 // with its address, and where nothing leads to the cloud proxy's address any more,
 // which may have one of the other family. What waits to be joined is joined at once.
 func (p *path) move() {
-	network := p.run.u.cfg.Network
 	p.mu.Lock()
-	at := network(p.remote)
+	at := p.network
+	if p.carrier != nil {
+		at = p.run.u.cfg.Network(p.remote)
+	}
 	switch {
 	case p.carrier == nil:
 		p.later, p.fails = time.Time{}, 0

@@ -272,12 +272,11 @@ const (
 )
 
 // stood is for how long this process or its machine stood still between two
-// looks at the clocks. The monotonic one goes on while a process is stopped, and
-// not while a machine sleeps; the other one does, and may be set.
-func stood(before, now time.Time) time.Duration {
-	ran := now.Sub(before)
-	slept := now.Round(0).Sub(before.Round(0)) - ran
-	return max(ran-clockEvery, slept)
+// looks at the clocks, by what the two show. The monotonic one goes on while a
+// process is stopped, and not while a machine sleeps; the wall clock does, and
+// may be set.
+func stood(monotonic, wall time.Duration) time.Duration {
+	return max(monotonic-clockEvery, wall-monotonic)
 }
 
 // leave lets the cloud proxy end the session, so that nothing is held for us.
@@ -327,7 +326,7 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 			clock = true
 		}
 		now := time.Now()
-		if slept := stood(looked, now); slept > stoodFor {
+		if slept := stood(now.Sub(looked), now.Round(0).Sub(looked.Round(0))); slept > stoodFor {
 			r.u.log.Info("the sidecar or its machine stood still; all paths are tried", "for", slept.Round(time.Millisecond))
 			r.tcpHeard = now // nothing could be heard
 			r.tryAll(now)
