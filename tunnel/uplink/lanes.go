@@ -27,8 +27,8 @@ const (
 // serve a call best while datagrams go by lanes or may soon. New ones are
 // dialled while the path has a carrier without datagrams of its own, or is about
 // to have one again and a call waits; those that there are outlive it, since the
-// call may go by them. It gives the carrier up
-// when no lane can be had beside it, and returns when ctx has ended.
+// call may go by them. It gives the carrier up when no lane can be had beside it,
+// and returns when ctx has ended.
 func (p *path) keepLanes(ctx context.Context) {
 	at, log := p.run.at, p.run.u.log
 	type dialled struct {

@@ -28,13 +28,14 @@ const (
 // or TLS on TCP with lanes for datagrams. It keeps a carrier joined while that
 // is wanted:
 //
-//	                                          ┌──another is welcomed──┐
-//	                                          ▼                       │
-//	idle ──wanted──► joining ──welcomed──► joined ──address changed───┤
-//	                    ▲                     │                       │
-//	                    │                     └──lost, or left for dead──► joining
-//	  ▲                 │ failed: rest 200 ms … 1 min     │
-//	  └──not wanted─────┴─────────────────────────────────┘
+//	                                      ┌──another is welcomed───┐
+//	                                      ▼                        │
+//	idle ──wanted──► joining ──welcomed──► joined ──address changed┘
+//	  ▲               │   ▲                 │
+//	  │               │   └──lost, or left──┤
+//	  │               │      for dead       │
+//	  │               │ failed: rest 200 ms … 1 min
+//	  └──not wanted───┴─────────────────────┘
 type path struct {
 	run  *run
 	kind string // "quic", "tls"
@@ -228,7 +229,7 @@ func (p *path) keep(ctx context.Context, granted *granted) {
 			p.narrate("", tunnel.CodeOf(err), tunnel.Sentence(err))
 		}
 		p.mu.Lock()
-		p.granted, p.since, p.failed = false, time.Now(), err
+		p.carrier, p.granted, p.since, p.failed = nil, false, time.Now(), err
 		p.mu.Unlock()
 		p.run.tell()
 	}

@@ -3,6 +3,7 @@ package uplink
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -221,8 +222,9 @@ func TestLanesAreOpenedForACallAndReplaced(t *testing.T) {
 		if n := joined.Load(); n != 6 {
 			t.Errorf("%d lanes after all had been cut, want 6 again", n)
 		}
-		if n := len(r.all()); n != 2 {
-			t.Errorf("the link's states are %v: it should have stayed up", r.all())
+		states := slices.DeleteFunc(r.all(), func(s tunnel.LinkState) bool { return s.Change != nil }) // what is told may be one more
+		if len(states) != 2 {
+			t.Errorf("the link's states are %v: it should have stayed up", states)
 		}
 		cancel()
 		<-ended
