@@ -146,7 +146,7 @@ func newTwoFamilies(t *testing.T, bin string, args ...string) *outlive {
 	const name = "cloud.example"
 	pair, l := netpair.NewBad(t, link.Settings{Delay: outliveDelay})
 	moveOn(t, pair.Far, far6, netip.Addr{})
-	o := &outlive{only443: newOnly443Named(t, bin, pair, name), link: l, stalls: callStalls(t)}
+	o := &outlive{only443: newOnly443Named(t, bin, pair, name), link: l, stalls: callStalls(t), pressure: outlivePressure(t)}
 	hosts := filepath.Join(o.dir, "hosts")
 	text := "127.0.0.1 localhost\n" + netpair.FarAddr.String() + " " + name + "\n" + far6.String() + " " + name + "\n"
 	if err := os.WriteFile(hosts, []byte(text), 0o644); err != nil {
