@@ -196,8 +196,14 @@ func TestACallOutlivesAFrozenEnd(t *testing.T) {
 				if !ok {
 					t.Fatal("media does not come again")
 				}
-				o.within("media comes again after", took, time.Second, again, now)
-				o.within("the longest gap after that", o.call.Gap(again.Add(took), now), time.Second, again, now)
+				// The TCP of a peer that stood still repeats what it lost only after
+				// seconds, now and then on all lanes.
+				most := time.Second
+				if mode == "tcp" && end == "the cloud proxy" {
+					most = 8 * time.Second
+				}
+				o.mostly("media comes again after", took, time.Second, most, again, now)
+				o.mostly("the longest gap after that", o.call.Gap(again.Add(took), now), time.Second, most, again, now)
 				o.within("the oldest packet", o.call.Oldest(frozen, now), oldest, frozen, now)
 				o.onePort()
 				for _, c := range runStatus(t, o.socket).Changes {

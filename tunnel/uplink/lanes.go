@@ -21,6 +21,8 @@ const (
 	// laneStagger is what lies between attempts while there is no lane at all.
 	laneStagger = 200 * time.Millisecond
 	maxLaneRest = 5 * time.Second
+	// busyLaneRest is its bound while a call may be near.
+	busyLaneRest = 500 * time.Millisecond
 )
 
 // keepLanes keeps lanes joined while the path is wanted: one, and as many as
@@ -148,7 +150,11 @@ func (p *path) keepLanes(ctx context.Context) {
 				return
 			}
 			if len(live) > 0 || rest < laneStagger {
-				rest = min(max(2*rest, firstBackoff), maxLaneRest)
+				most := maxLaneRest
+				if p.run.u.Busy() { // a call may be waiting
+					most = busyLaneRest
+				}
+				rest = min(max(2*rest, firstBackoff), most)
 				log.Info("a lane for datagrams could not be opened", "code", tunnel.CodeOf(r.err), "why", tunnel.Sentence(r.err), "again_in", rest)
 			}
 		case l := <-ended:
