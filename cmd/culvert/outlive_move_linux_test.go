@@ -190,6 +190,9 @@ func TestACallOutlivesAFrozenEnd(t *testing.T) {
 				if err := which(o).Signal(syscall.SIGCONT); err != nil {
 					t.Fatal(err)
 				}
+				if mode == "tcp" && end == "the cloud proxy" {
+					time.Sleep(5 * time.Second)
+				}
 				time.Sleep(4 * time.Second)
 				now := time.Now()
 				took, ok := o.call.After(again)
