@@ -143,18 +143,16 @@ func outliveChat(c net.Conn, end <-chan struct{}) (sent int, err error) {
 	var wg sync.WaitGroup
 	var failed error // of the goroutine that sends, until it has ended
 	wg.Go(func() {
-		n := 0
-		defer func() { counted <- n }()
 		tick := time.NewTicker(50 * time.Millisecond)
 		defer tick.Stop()
-		for {
-			if _, failed = c.Write(message(n)); failed != nil {
-				return
-			}
-			n++
+		for n, last := 0, false; !last; n++ {
 			select {
 			case <-tick.C:
-			case <-end:
+			case <-end: // the number is there before the last message comes back
+				last = true
+				counted <- n + 1
+			}
+			if _, failed = c.Write(message(n)); failed != nil {
 				return
 			}
 		}
