@@ -39,6 +39,30 @@ type granted struct {
 
 // A run is one session, from its Welcome to its end: it keeps the paths that
 // are needed joined, and does what the chooser says.
+//
+//	            the last path is lost           60 s, or 5 s where there
+//	served ────────────────────────────► alone ─ is another cloud proxy ─► ended
+//	 │ │ ▲                                │ │                               ▲
+//	 │ │ └────────── a path joins ────────┘ └─ a Join: session_unknown ─────┤
+//	 │ └──────────── a stop, or the cloud proxy's word ─────────────────────┤
+//	 │                                                                      │
+//	 └─ another cloud proxy has taken over ─► lingering ─ streams have ended┘
+//
+// It is left for another cloud proxy when it says that it is going, when a call
+// hears nothing from it, and when a better one answers while nothing runs
+// (move.go). From ended Uplink.Run opens another session, unless that was a stop:
+// associations go on with new ports, streams are reset.
+//
+// While it is served datagrams go by the way that the chooser names (choose.go),
+// and for two seconds around a change by a second one too. Each path joins and
+// leaves by itself (path.go):
+//
+//	path QUIC on UDP ─┬─ sealed           first choice
+//	                  └─ quic-datagram    where QUIC passes, and sealed does not
+//	path TLS on TCP ──┬─ lanes            where UDP does not pass, or is throttled
+//	                  └─ streams          by QUIC while TLS is not joined
+//
+// What changes is told by the narrator (narrate.go).
 type run struct {
 	u       *Uplink
 	at      *session.Attached
