@@ -295,7 +295,7 @@ func switchLogged(e Event, was tunnel.LinkState) []any {
 	}
 	if e.Kind == "link" && e.From == e.To && e.Link != nil {
 		l := *e.Link
-		told := was.Way != "" && l.Way != was.Way
+		told := was.Way != "" && l.Way != was.Way && l.Session == was.Session
 		if told || l.WayWhy == was.WayWhy && l.Streams == was.Streams && l.Session == was.Session && l.Remote == was.Remote && l.Code == was.Code && l.Why == was.Why {
 			return nil
 		}

@@ -594,6 +594,8 @@ func TestSwitchLogsWhatChanged(t *testing.T) {
 	lanes, why := up, up
 	lanes.Way, lanes.Carrier, lanes.WayWhy = "lanes", "tls", "nothing came"
 	why.WayWhy = "no answer"
+	moved := lanes
+	moved.Session = "02"
 	for name, tc := range map[string]struct {
 		e    Event
 		want []any
@@ -603,6 +605,7 @@ func TestSwitchLogsWhatChanged(t *testing.T) {
 		"figures":                               {Event{Kind: "link", From: "up", To: "up", Link: &figures}, nil},
 		"streams":                               {Event{Kind: "link", From: "up", To: "up", Cause: mixed.Why, Link: &mixed}, []any{"phase", "up", "streams", "tls", "cause", "QUIC lost much"}},
 		"the way, of which another event tells": {Event{Kind: "link", From: "up", To: "up", Link: &lanes}, nil},
+		"the way, in another session":           {Event{Kind: "link", From: "up", To: "up", Link: &moved}, []any{"phase", "up", "way_why", "nothing came", "session", "02"}},
 		"why it is this way":                    {Event{Kind: "link", From: "up", To: "up", Link: &why}, []any{"phase", "up", "way_why", "no answer"}},
 		"lost":                                  {Event{Kind: "link", From: "up", To: "connecting", Code: tunnel.CloudUnreachable, Link: &tunnel.LinkState{}}, []any{"from", "up", "to", "connecting", "code", string(tunnel.CloudUnreachable)}},
 	} {
