@@ -284,7 +284,8 @@ func (s *Switch) Run(ctx context.Context) error {
 }
 
 // switchLogged returns the attributes of an event's line, without empty ones,
-// or nil where only figures of the link have changed since was.
+// or nil where only figures of the link have changed since was, or the way, of
+// which another event tells.
 func switchLogged(e Event, was tunnel.LinkState) []any {
 	var attrs []any
 	add := func(name, value string) {
@@ -294,12 +295,13 @@ func switchLogged(e Event, was tunnel.LinkState) []any {
 	}
 	if e.Kind == "link" && e.From == e.To && e.Link != nil {
 		l := *e.Link
-		if l.Carrier == was.Carrier && l.Way == was.Way && l.WayWhy == was.WayWhy && l.Streams == was.Streams && l.Session == was.Session && l.Remote == was.Remote && l.Code == was.Code && l.Why == was.Why {
+		told := was.Way != "" && l.Way != was.Way && l.Session == was.Session
+		if told || l.WayWhy == was.WayWhy && l.Streams == was.Streams && l.Session == was.Session && l.Remote == was.Remote && l.Code == was.Code && l.Why == was.Why {
 			return nil
 		}
 		add("phase", e.To)
 		for _, c := range []struct{ name, was, is string }{
-			{"carrier", string(was.Carrier), string(l.Carrier)}, {"way", was.Way, l.Way}, {"way_why", was.WayWhy, l.WayWhy}, {"streams", string(was.Streams), string(l.Streams)},
+			{"way_why", was.WayWhy, l.WayWhy}, {"streams", was.Streams, l.Streams},
 			{"session", was.Session, l.Session}, {"cloud_proxy", switchRemote(was), switchRemote(l)},
 		} {
 			if c.was != c.is {

@@ -591,15 +591,23 @@ func TestSwitchLogsWhatChanged(t *testing.T) {
 	mixed, figures := up, up
 	mixed.Streams, mixed.Why = "tls", "QUIC lost much"
 	figures.Took = time.Second
+	lanes, why := up, up
+	lanes.Way, lanes.Carrier, lanes.WayWhy = "lanes", "tls", "nothing came"
+	why.WayWhy = "no answer"
+	moved := lanes
+	moved.Session = "02"
 	for name, tc := range map[string]struct {
 		e    Event
 		want []any
 	}{
-		"switch":  {Event{Kind: "switch", From: "starting", To: "running"}, []any{"from", "starting", "to", "running"}},
-		"channel": {Event{Kind: "channel", Name: "a/1", To: "live", Cause: "RTP"}, []any{"name", "a/1", "to", "live", "cause", "RTP"}},
-		"figures": {Event{Kind: "link", From: "up", To: "up", Link: &figures}, nil},
-		"streams": {Event{Kind: "link", From: "up", To: "up", Cause: mixed.Why, Link: &mixed}, []any{"phase", "up", "streams", "tls", "cause", "QUIC lost much"}},
-		"lost":    {Event{Kind: "link", From: "up", To: "connecting", Code: tunnel.CloudUnreachable, Link: &tunnel.LinkState{}}, []any{"from", "up", "to", "connecting", "code", string(tunnel.CloudUnreachable)}},
+		"switch":                                {Event{Kind: "switch", From: "starting", To: "running"}, []any{"from", "starting", "to", "running"}},
+		"channel":                               {Event{Kind: "channel", Name: "a/1", To: "live", Cause: "RTP"}, []any{"name", "a/1", "to", "live", "cause", "RTP"}},
+		"figures":                               {Event{Kind: "link", From: "up", To: "up", Link: &figures}, nil},
+		"streams":                               {Event{Kind: "link", From: "up", To: "up", Cause: mixed.Why, Link: &mixed}, []any{"phase", "up", "streams", "tls", "cause", "QUIC lost much"}},
+		"the way, of which another event tells": {Event{Kind: "link", From: "up", To: "up", Link: &lanes}, nil},
+		"the way, in another session":           {Event{Kind: "link", From: "up", To: "up", Link: &moved}, []any{"phase", "up", "way_why", "nothing came", "session", "02"}},
+		"why it is this way":                    {Event{Kind: "link", From: "up", To: "up", Link: &why}, []any{"phase", "up", "way_why", "no answer"}},
+		"lost":                                  {Event{Kind: "link", From: "up", To: "connecting", Code: tunnel.CloudUnreachable, Link: &tunnel.LinkState{}}, []any{"from", "up", "to", "connecting", "code", string(tunnel.CloudUnreachable)}},
 	} {
 		if got := switchLogged(tc.e, up); !slices.Equal(got, tc.want) {
 			t.Errorf("%s: %v, want %v", name, got, tc.want)

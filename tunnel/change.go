@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -20,11 +21,16 @@ type Change struct {
 	// Lost is how many datagrams on their way to the apps did not come around the
 	// change. Those on their way from the apps are not in it.
 	Lost uint64 `json:"lost,omitempty"`
+	// LostUp is how many on their way from the apps this end has dropped, or sent
+	// by a way from which nothing was heard since: an estimate.
+	LostUp uint64 `json:"lost_up,omitempty"`
+	// NewPorts says that associations have other ports at the cloud proxy now.
+	NewPorts bool `json:"new_ports,omitempty"`
 }
 
 // What changes.
 const (
-	ChangedDatagrams  = "datagrams"   // how datagrams go: from one way to another
+	ChangedDatagrams  = "datagrams"   // how datagrams go: from one way to another; to the same: it fell silent and passes again
 	ChangedCarrier    = "carrier"     // a connection was lost, or is there again
 	ChangedSession    = "session"     // a session ended, or another one was opened
 	ChangedCloudProxy = "cloud_proxy" // another cloud proxy serves
@@ -54,8 +60,15 @@ func (c Change) String() string {
 
 // Cost says what the change has cost; "": nothing that is known.
 func (c Change) Cost() string {
-	if c.Gap == 0 && c.Lost == 0 {
-		return ""
+	var parts []string
+	if c.Gap > 0 {
+		parts = append(parts, c.Gap.Round(time.Millisecond).String()+" without a datagram")
 	}
-	return fmt.Sprintf("%v without a datagram, %d lost on their way to the apps", c.Gap.Round(time.Millisecond), c.Lost)
+	if c.Gap > 0 || c.Lost > 0 {
+		parts = append(parts, fmt.Sprintf("%d lost on their way to the apps", c.Lost))
+	}
+	if c.LostUp > 0 {
+		parts = append(parts, fmt.Sprintf("some %d lost on their way from the apps", c.LostUp))
+	}
+	return strings.Join(parts, ", ")
 }

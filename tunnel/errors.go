@@ -26,6 +26,7 @@ const (
 	CloudProxyGone       Code = "cloud_proxy_gone" // the cloud proxy has stopped or is about to, or was restarted
 	PathJoined           Code = "path_joined"      // a connection was made that was wanted
 	PathLost             Code = "path_lost"        // the connection that the datagrams went by has ended
+	PathProved           Code = "path_proved"      // probes of a better way were answered
 	PathSilent           Code = "path_silent"      // nothing authentic came by a way for some time
 	PathStrained         Code = "path_strained"    // a way carries less than the call sends
 	UDPReturned          Code = "udp_returned"     // UDP passes again

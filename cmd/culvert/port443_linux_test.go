@@ -41,6 +41,7 @@ type only443 struct {
 	udp, tcp uint16 // ports of the echo, on the far end's loopback
 	socket   string
 	clouds   []*exec.Cmd
+	logs     []*cmdtest.Text // of all that was started
 }
 
 func newOnly443(t *testing.T, bin string) *only443 { return newOnly443On(t, bin, netpair.New(t)) }
@@ -81,6 +82,7 @@ func newOnly443Named(t *testing.T, bin string, pair *netpair.Pair, host string, 
 // start starts a program whose log is shown when the test has failed.
 func (o *only443) start(at *netpair.Space, args ...string) *exec.Cmd {
 	log := &cmdtest.Text{}
+	o.logs = append(o.logs, log)
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	o.t.Cleanup(func() {

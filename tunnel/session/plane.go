@@ -165,6 +165,7 @@ func (p *plane) removeWay(kind wire.Way, t tunnel.Way) {
 	p.mu.Unlock()
 	p.choose()
 	y.room.Discard()
+	p.course.vain.Add(y.passage.since(&y.passage.heard))
 }
 
 // close takes all ways out and ends the reports.
@@ -364,7 +365,12 @@ func (l *leg) send(payload []byte, at tunnel.Target) error {
 	payload = record[len(record)-len(payload):]
 	err := u.first.send(&l.line, record, payload)
 	if u.also != nil && (err != nil || l.line.Vital(payload)) {
-		if again := u.also.send(&l.line, record, payload); err != nil {
+		again := u.also.send(&l.line, record, payload)
+		if err == nil && again == nil {
+			u.first.passage.twice.Add(1)
+			u.also.passage.twice.Add(1)
+		}
+		if err != nil {
 			err = again
 		}
 	}

@@ -26,6 +26,7 @@ type way struct {
 	offered   atomic.Uint64 // bytes of datagrams' records that were to be sent
 	received  atomic.Uint32 // records that came
 	bytes     atomic.Uint64 // of received
+	passage   passage
 
 	mu      sync.Mutex // guards the fields below
 	outlets []*outlet
@@ -104,6 +105,9 @@ func (o *outlet) Send(p []byte) error {
 	if err == nil {
 		o.of.sent.Add(1)
 		o.of.sentBytes.Add(uint64(len(p)))
+		if !wire.IsNotice(p) {
+			o.of.passage.sent.Add(1)
+		}
 	}
 	return err
 }
@@ -203,6 +207,7 @@ func (y *way) receive(record []byte) {
 		y.received.Add(1)
 		y.bytes.Add(uint64(len(record)))
 	}
+	y.passage.heard.Store(y.passage.alone())
 	y.plane.receive(y, record)
 }
 
@@ -450,6 +455,9 @@ func (y *way) report(r *wire.Report, now time.Time) {
 		}
 		y.room.Shape(rate)
 	}
+	if out.lost < gross && r.Rate > 0 { // else the peer may know nothing new of what we send
+		y.passage.proved.Store(y.passage.alone())
+	}
 	shaped := out.shaped
 	// Behind a full queue it is not their length, and probes would make it longer.
 	lossy := out.lost > lossy && out.delay < lossyDelay
@@ -512,6 +520,8 @@ type WayState struct {
 	Shaped     bool          // the circuit breaker holds what we send back
 	Rate       float64       // bits/s that go by it, the larger of both directions
 	Carried    int           // full probes of the last load that were answered
+	Unheard    uint64        // datagrams sent by it alone since a record last came by it
+	Unproved   uint64        // the same, since the peer last showed that they arrive
 }
 
 func (y *way) state(now time.Time) WayState {
@@ -525,6 +535,7 @@ func (y *way) state(now time.Time) WayState {
 	s.Small, s.Large = y.probes.small, y.probes.large
 	s.Rate = max(y.out.rate, float64(y.in.rate)*1000)
 	s.Carried = y.loaded.carried
+	s.Unheard, s.Unproved = y.passage.since(&y.passage.heard), y.passage.since(&y.passage.proved)
 	return s
 }
 
@@ -562,6 +573,7 @@ func (y *way) answered(a *wire.Answer) {
 	i := slices.Index(y.probes.nonces[:], a.Nonce)
 	if i >= 0 && y.probes.sizes[i] > 0 && int(a.Size) == y.probes.sizes[i] {
 		y.heardAt = now
+		y.passage.proved.Store(y.passage.alone())
 		if y.probes.sizes[i] > wire.MinProbe {
 			y.probes.large = now
 		}

@@ -416,7 +416,7 @@ func (c *chooser) try(v view, o *orders) {
 // turn uses the way that was tried.
 func (c *chooser) turn(v view, o *orders, why string) {
 	from, to := c.way, c.trial.way
-	cause := tunnel.Code("")
+	cause := tunnel.PathProved
 	if from == wire.WayLanes {
 		cause = tunnel.UDPReturned
 	}

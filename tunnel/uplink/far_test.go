@@ -62,13 +62,16 @@ func newFar(t *testing.T, addresses ...string) *far {
 	return newFarOn(t, tunneltest.Config{}, addresses...)
 }
 
-// newFarOn is newFar on networks of this kind.
+// newFarOn is newFar on networks of this kind. What befalls datagrams is UDP's:
+// TCP loses nothing.
 func newFarOn(t *testing.T, on tunneltest.Config, addresses ...string) *far {
 	f := &far{t: t, began: time.Now(), nets: map[string]*tunneltest.Net{}}
 	f.dial = func(context.Context, string, string, int) error { return nil }
 	f.answer = func(_, _ string, m wire.Message) *wire.Message { return welcome(m) }
 	for _, kind := range []string{"quic", "tls"} {
-		on.Kind = kind
+		if on.Kind = kind; kind == "tls" {
+			on.Datagram = nil
+		}
 		on.Dial = func(ctx context.Context, address string) error {
 			f.mu.Lock()
 			f.dials = append(f.dials, dialled{kind, address, time.Since(f.began)})

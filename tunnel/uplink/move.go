@@ -122,7 +122,7 @@ func (u *Uplink) try(ctx context.Context, mode tunnel.Mode, address string) (*gr
 // moved is the change to another cloud proxy that was made in time.
 func (u *Uplink) moved(from, to string) *tunnel.Change {
 	return &tunnel.Change{
-		What: tunnel.ChangedCloudProxy, From: from, To: to, Cause: tunnel.CloudProxyGone,
+		What: tunnel.ChangedCloudProxy, From: from, To: to, Cause: tunnel.CloudProxyGone, NewPorts: true,
 		Why: fmt.Sprintf("%s; %d associations go on with new ports", u.leftFor, u.Stats().Associations),
 	}
 }

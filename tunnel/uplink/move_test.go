@@ -172,7 +172,7 @@ func TestTheNextCloudProxyIsUsedWhenOneIsDead(t *testing.T) {
 		if took := time.Since(began); c.To != second || took > lonely+2*time.Second {
 			t.Errorf("after %v told: %v", took, c)
 		}
-		if c := r.told(tunnel.ChangedSession, tunnel.SessionExpired); c.Gap == 0 || !strings.Contains(c.Why, "1 associations go on with new ports") {
+		if c := r.toldTo(tunnel.ChangedSession, "", "*", tunnel.CloudUnreachable); c.Gap == 0 || !strings.Contains(c.Why, "1 associations go on with new ports") {
 			t.Errorf("told: %v", c)
 		}
 		cancel()

@@ -47,12 +47,7 @@ func (n *narrator) step(now time.Time, change *tunnel.Change, doubt, flowing boo
 	told, n.heard = n.heard, nil
 	n.mu.Unlock()
 	if change != nil {
-		told = append(told, n.finish(now)...)
-		n.open = change
-		if !flowing && now.Sub(n.calm.Last) > recently {
-			told = append(told, *change)
-			n.open = nil
-		}
+		told = append(told, n.begin(now, change, flowing || now.Sub(n.calm.Last) <= recently)...)
 	}
 	switch {
 	case n.open == nil && doubt:
@@ -67,6 +62,17 @@ func (n *narrator) step(now time.Time, change *tunnel.Change, doubt, flowing boo
 		next = toldAfter / 4
 	}
 	return told, next
+}
+
+// begin begins to count what a change costs, where a call is there, and returns
+// what can be told.
+func (n *narrator) begin(now time.Time, change *tunnel.Change, call bool) []tunnel.Change {
+	told := n.finish(now)
+	if !call {
+		return append(told, *change)
+	}
+	n.open = change
+	return told
 }
 
 // peek looks at the course without losing the longest gap.
@@ -91,6 +97,7 @@ func (n *narrator) finish(now time.Time) []tunnel.Change {
 		change.Gap = 0
 	}
 	change.Lost = c.Missing(n.calm)
+	change.LostUp += c.Lost - n.calm.Lost
 	n.open, n.calm = nil, c
 	return []tunnel.Change{change}
 }

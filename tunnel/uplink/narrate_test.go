@@ -2,6 +2,7 @@ package uplink
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -39,6 +40,21 @@ func (r *running) told(what string, cause tunnel.Code) tunnel.Change {
 	return tunnel.Change{}
 }
 
+// toldTo waits for a change from one thing to another; "*" stands for any.
+func (r *running) toldTo(what, from, to string, cause tunnel.Code) tunnel.Change {
+	r.t.Helper()
+	for range 3_000 {
+		for _, c := range slices.Backward(r.changes()) {
+			if c.What == what && (c.From == from || from == "*" && c.From != "") && (c.To == to || to == "*" && c.To != "") && c.Cause == cause {
+				return c
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	r.t.Fatalf("no change of %s from %q to %q because of %s was told in 300 s: %v", what, from, to, cause, r.changes())
+	return tunnel.Change{}
+}
+
 func TestAChangeOfTheWayIsToldOnceWithItsCauseTimeAndCost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var off atomic.Bool
@@ -53,8 +69,8 @@ func TestAChangeOfTheWayIsToldOnceWithItsCauseTimeAndCost(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := r.call(ctx)
 		time.Sleep(3 * time.Second)
-		if n := r.changes(); len(n) != 0 {
-			t.Errorf("before anything has happened there are told %v", n)
+		if all := r.changes(); len(all) != 1 || all[0].Cause != tunnel.PathProved || all[0].To != "sealed" || all[0].Cost() != "" {
+			t.Errorf("before anything has happened there are told %v, want that sealed packets pass", all)
 		}
 		off.Store(true)
 		shut := time.Now()
@@ -73,8 +89,8 @@ func TestAChangeOfTheWayIsToldOnceWithItsCauseTimeAndCost(t *testing.T) {
 			t.Errorf("%d lost in %v", c.Lost, c.Gap)
 		}
 		time.Sleep(500 * time.Millisecond)
-		if n := len(r.changes()); n != 1 {
-			t.Errorf("%d changes are told, want 1: %v", n, r.changes())
+		if n := len(r.changes()); n != 2 {
+			t.Errorf("%d changes are told, want 2: %v", n, r.changes())
 		}
 		cancel()
 		<-ended

@@ -28,14 +28,18 @@ const (
 // or TLS on TCP with lanes for datagrams. It keeps a carrier joined while that
 // is wanted:
 //
-//	                                      ┌──another is welcomed───┐
-//	                                      ▼                        │
-//	idle ──wanted──► joining ──welcomed──► joined ──address changed┘
-//	  ▲               │   ▲                 │
-//	  │               │   └──lost, or left──┤
-//	  │               │      for dead       │
-//	  │               │ failed: rest 200 ms … 1 min
-//	  └──not wanted───┴─────────────────────┘
+//	         wanted             welcomed
+//	idle ─────────────► joining ─────────► joined ◄──┐ the address has changed:
+//	 ▲                   │   ▲              │  │ └───┘ another takes its place
+//	 │            failed │   │ rested,      │  │
+//	 │                   ▼   │ or urgent    │  │ lost, or dropped: no lane can be had
+//	 ├── not wanted ── resting              │  │ beside it, or nothing comes over TCP
+//	 └── not wanted ────────────────────────┘  └──► joining, at once
+//
+// A rest is 200 ms, thrice, and up to a second where a call waits or nothing
+// else serves the session; else 1 s to a minute; and for QUIC beside TLS 5 s to
+// 15 s, or to 5 min where it never worked. An answer that the session is not
+// known ends the session, and the path with it.
 type path struct {
 	run  *run
 	kind string // "quic", "tls"

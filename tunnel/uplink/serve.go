@@ -3,6 +3,7 @@ package uplink
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,30 @@ type granted struct {
 
 // A run is one session, from its Welcome to its end: it keeps the paths that
 // are needed joined, and does what the chooser says.
+//
+//	            the last path is lost           60 s, or 5 s where there
+//	served ────────────────────────────► alone ─ is another cloud proxy ─► ended
+//	 │ │ ▲                                │ │                               ▲
+//	 │ │ └────────── a path joins ────────┘ └─ a Join: session_unknown ─────┤
+//	 │ └──────────── a stop, or the cloud proxy's word ─────────────────────┤
+//	 │                                                                      │
+//	 └─ another cloud proxy has taken over ─► lingering ─ streams have ended┘
+//
+// It is left for another cloud proxy when it says that it is going, when a call
+// hears nothing from it, and when a better one answers while nothing runs
+// (move.go). From ended Uplink.Run opens another session, unless that was a stop:
+// associations go on with new ports, streams are reset.
+//
+// While it is served datagrams go by the way that the chooser names (choose.go),
+// and for two seconds around a change by a second one too. Each path joins and
+// leaves by itself (path.go):
+//
+//	path QUIC on UDP ─┬─ sealed           first choice
+//	                  └─ quic-datagram    where QUIC passes, and sealed does not
+//	path TLS on TCP ──┬─ lanes            where UDP does not pass, or is throttled
+//	                  └─ streams          by QUIC while TLS is not joined
+//
+// What changes is told by the narrator (narrate.go).
 type run struct {
 	u       *Uplink
 	at      *session.Attached
@@ -58,6 +83,7 @@ type run struct {
 	busyTill time.Time      // TLS stays joined until then
 	adopt    *tunnel.Change // what is to be told when traffic goes into the session; nil: it does
 	move     mover
+	vain     uint64      // datagrams that the way in use took in vain while it was in doubt, as far as was seen
 	left     atomic.Bool // another session has taken over
 	lost     time.Time   // since when no path serves the session; zero: one does
 	tcpHeard time.Time   // when something last came by lanes
@@ -186,7 +212,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 		r.leave()
 	} else {
 		s := connecting(err) // before closing, which may take a second
-		s.Change = &tunnel.Change{At: time.Now(), What: tunnel.ChangedSession, From: g.welcome.Session, Cause: tunnel.CodeOf(err), Why: tunnel.Sentence(err)}
+		s.Change = sessionLost(time.Now(), lost, g.welcome.Session, err)
 		report(s)
 	}
 	r.remember()
@@ -194,6 +220,20 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 	cancel(why)
 	wg.Wait()
 	return nil, lost, err
+}
+
+// sessionLost tells that a session has ended which nothing has served since a
+// time.
+func sessionLost(now, since time.Time, id string, why error) *tunnel.Change {
+	c := &tunnel.Change{At: now, What: tunnel.ChangedSession, From: id, Cause: tunnel.CodeOf(why), Why: tunnel.Sentence(why)}
+	held := fmt.Sprintf("nothing has served it for %v", session.DefaultHold)
+	switch alone := now.Sub(since); {
+	case c.Cause == tunnel.SessionExpired && alone > session.DefaultHold/2: // a stream has noticed first
+		c.Why = held
+	case alone >= session.DefaultHold:
+		c.Cause, c.Why = tunnel.SessionExpired, held+": "+c.Why
+	}
+	return c
 }
 
 // networkEvery is how often the network is asked for.
@@ -388,7 +428,7 @@ func (r *run) step(now time.Time) time.Duration {
 	for w := range v.ways {
 		v.ways[w] = r.at.Way(wire.Way(w))
 	}
-	was, alsoBefore := r.choose.way, r.choose.also
+	was, alsoBefore, doubt := r.choose.way, r.choose.also, r.choose.doubt
 	o := r.choose.step(v)
 	if o.first != was || o.also != alsoBefore {
 		r.at.Use(o.first, o.also)
@@ -409,7 +449,7 @@ func (r *run) step(now time.Time) time.Duration {
 	if state != nil {
 		r.report(*state)
 	}
-	change := r.changed(now, was, o)
+	change := r.changed(now, v, was, doubt, o)
 	if r.adopt != nil && o.first != wire.NoWay {
 		r.at.Adopt()
 		change, r.adopt = r.adopt, nil
@@ -418,7 +458,7 @@ func (r *run) step(now time.Time) time.Duration {
 	if change == nil {
 		change, r.moved = r.moved, nil
 	}
-	told, more := r.u.narrator.step(now, change, !r.choose.doubt.IsZero(), v.flowing)
+	told, more := r.u.narrator.step(now, change, !r.choose.doubt.IsZero() || o.first == wire.NoWay, v.flowing)
 	r.tellChanges(told)
 	if more > 0 {
 		return min(o.next, more)
@@ -427,12 +467,24 @@ func (r *run) step(now time.Time) time.Duration {
 }
 
 // changed returns the change of the way that was just made; nil: there was none,
-// or it belongs to the beginning.
-func (r *run) changed(now time.Time, was wire.Way, o orders) *tunnel.Change {
+// or it belongs to the beginning. was is the way before it, and doubt since when
+// that had been in doubt.
+func (r *run) changed(now time.Time, v view, was wire.Way, doubt time.Time, o orders) *tunnel.Change {
+	old := v.ways[was]
+	if doubt.IsZero() {
+		r.vain = 0
+	} else {
+		r.vain = max(r.vain, old.Unheard)
+	}
 	if o.first == was {
-		return nil
+		return r.cameBack(now, was, doubt)
 	}
 	c := &tunnel.Change{At: now, What: tunnel.ChangedDatagrams, Cause: o.cause, Why: o.why}
+	if o.cause == tunnel.PathSilent || o.cause == tunnel.UDPBlocked {
+		if c.LostUp = r.vain; now.Sub(old.Heard) < deaf { // only our direction is shut
+			c.LostUp = old.Unproved
+		}
+	}
 	if was != wire.NoWay {
 		c.From = was.String()
 	}
@@ -452,6 +504,23 @@ func (r *run) changed(now time.Time, was wire.Way, o orders) *tunnel.Change {
 		return nil
 	}
 	return c
+}
+
+// cameBack returns what there is to tell of a way that was silent for so long
+// that it would have been left, had anything else passed; nil: nothing.
+func (r *run) cameBack(now time.Time, way wire.Way, doubt time.Time) *tunnel.Change {
+	took := now.Sub(doubt)
+	if doubt.IsZero() || !r.choose.doubt.IsZero() || took <= deaf-doubtful {
+		return nil
+	}
+	if open := r.u.narrator.open; open != nil { // which has made it so
+		open.LostUp += r.vain
+		return nil
+	}
+	return &tunnel.Change{
+		At: now, What: tunnel.ChangedDatagrams, From: way.String(), To: way.String(), Cause: tunnel.PathSilent, LostUp: r.vain,
+		Why: fmt.Sprintf("nothing was answered by it for %v, nor by anything else; it passes again", took.Round(time.Millisecond)),
+	}
 }
 
 // tellChanges reports changes beside the state that was reported last.

@@ -131,6 +131,7 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 	}
 	say(tunnel.LinkState{Phase: tunnel.LinkConnecting, Why: "started"})
 	var lost time.Time // when the last session ended
+	var ended error    // why
 	everUp, address, wait := false, "", firstBackoff
 	for {
 		var g *granted
@@ -138,7 +139,7 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 		if g, err = u.connect(ctx, mode, address); err == nil {
 			up := time.Now()
 			if everUp {
-				u.reopened(g, address, lost, say)
+				u.reopened(g, address, lost, ended, say)
 			}
 			everUp = true
 			took := up.Sub(trying)
@@ -150,6 +151,7 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 					change, took = u.moved(address, g.address), 0
 				}
 			}
+			ended = err
 			if lost.Sub(up) > maxBackoff { // else it may come and go as fast as it can
 				wait = firstBackoff
 			}
@@ -179,20 +181,27 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 	}
 }
 
-// reopened tells that another session follows one that ended at lost.
-func (u *Uplink) reopened(g *granted, before string, lost time.Time, say func(tunnel.LinkState)) {
-	gap := time.Since(lost)
+// reopened tells that another session follows one that ended at lost, and why
+// that was. What it cost is counted until datagrams come by the new one.
+func (u *Uplink) reopened(g *granted, before string, lost time.Time, ended error, say func(tunnel.LinkState)) {
+	now := time.Now()
+	var told []tunnel.Change
+	if g.address != before {
+		told = append(told, tunnel.Change{
+			At: now, What: tunnel.ChangedCloudProxy, From: before, To: g.address, Cause: tunnel.CloudProxyGone, NewPorts: true,
+			Why: "the one before did not answer any more, or sent us on",
+		})
+	}
 	c := tunnel.Change{
-		At: time.Now(), What: tunnel.ChangedSession, To: g.welcome.Session, Cause: tunnel.SessionExpired, Gap: gap,
+		At: now, What: tunnel.ChangedSession, To: g.welcome.Session, Cause: tunnel.CodeOf(ended), Gap: now.Sub(lost), NewPorts: true,
 		Why: fmt.Sprintf("another session was opened; %d associations go on with new ports, streams were reset", u.Stats().Associations),
 	}
-	all := []tunnel.Change{c}
-	if g.address != before {
-		c.What, c.From, c.To, c.Cause, c.Gap = tunnel.ChangedCloudProxy, before, g.address, tunnel.CloudProxyGone, 0
-		c.Why = "the one before did not answer any more, or sent us on"
-		all = append(all, c)
+	if c.Gap > session.DefaultHold { // whatever had made it so
+		c.Cause = tunnel.SessionExpired
 	}
-	for _, c := range all {
+	last := u.narrator.calm.Last
+	told = append(told, u.narrator.begin(now, &c, u.Busy() && lost.Sub(last) <= recently)...)
+	for _, c := range told {
 		say(tunnel.LinkState{Phase: tunnel.LinkConnecting, Change: &c})
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -49,6 +51,71 @@ func TestAssociationOutlivesARestartOfTheCloudProxy(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whoever reads the event stream learns why a session was lost, that another has
+// been opened, and that associations have new ports, in the words of status.
+func TestTheEventStreamTellsOfARestart(t *testing.T) {
+	far := newEcho(t)
+	s := newSite(t)
+	_, stop := s.cloud(t)
+	sc := s.sidecar(t, tunnel.ModeAuto)
+	socket := filepath.Join(t.TempDir(), "c.sock")
+	l, err := control.Listen(socket, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := &assemble.Backend{Sidecar: sc}
+	server, err := control.NewServer(control.Config{Backend: backend})
+	if err != nil {
+		t.Fatal(err)
+	}
+	background(t, func(ctx context.Context) error { return server.Serve(ctx, l) })
+	a := associate(t, sc.Front.Addr())
+	eventually(t, "the first echo", func() bool { return a.echoes(t, "before", far.addr) })
+	old := sc.Switch.Status().Link.Session
+
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ready, read := make(chan struct{}), make(chan error, 1)
+	var lost, opened control.Event
+	go func() {
+		first := sync.OnceFunc(func() { close(ready) })
+		read <- control.NewClient(socket).Events(ctx, func(e control.Event) error {
+			first() // the state now
+			switch {
+			case e.Kind != "change" || e.Name != tunnel.ChangedSession:
+			case e.From == old:
+				lost = e
+			default:
+				opened = e
+				return io.EOF
+			}
+			return nil
+		})
+	}()
+	<-ready
+	stop()
+	s.cloud(t)
+	if err := <-read; err != io.EOF {
+		t.Fatalf("the stream ended before a session was opened again: %v", err)
+	}
+	if lost.To != "" || lost.Code == "" || lost.Cause == "" {
+		t.Errorf("of the lost session it says %+v", lost)
+	}
+	if c := opened.Change; opened.From != "" || opened.To == old || opened.Code != lost.Code || c == nil || !c.NewPorts {
+		t.Errorf("of the session opened again it says %+v (%+v)", opened, opened.Change)
+	}
+	var again []string
+	for _, c := range backend.Status().Changes {
+		again = append(again, c.String())
+	}
+	for _, e := range []control.Event{lost, opened} {
+		if e.Change != nil && !slices.Contains(again, e.Change.String()) {
+			t.Errorf("status does not have %q:\n%s", e.Change, strings.Join(again, "\n"))
+		}
+	}
+	t.Log(strings.Join(again, "\n"))
 }
 
 func TestSidecarThatWasThereFirstConnectsOnceTheCloudProxyIsThere(t *testing.T) {
