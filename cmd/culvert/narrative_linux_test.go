@@ -162,12 +162,13 @@ func TestWhatBefallsACallIsToldAsTheAppMeetsIt(t *testing.T) {
 		if c.Cause != step.cause {
 			t.Errorf("%v: the cause is %s, want %s", c, c.Cause, step.cause)
 		}
-		var met echoes
-		look(func(e *echoes) { met = *e })
-		missing := max(0, met.sent-len(met.arrived)) // some are still under way at both ends of the time
-		t.Logf("the app met a gap of %v and missed %d of %d (the machine stood still for %v)", met.gap.Round(time.Millisecond), missing, met.sent, (held / 3).Round(time.Millisecond))
-		if c.Gap < step.gap[0] || c.Gap > step.gap[1]+held || (c.Gap-met.gap).Abs() > 100*time.Millisecond+held {
-			t.Errorf("%v: the gap is %v, the app met %v, want between %v and %v", c, c.Gap, met.gap, step.gap[0], step.gap[1])
+		var sent, arrived int
+		var met time.Duration // the gap
+		look(func(e *echoes) { sent, arrived, met = e.sent, len(e.arrived), e.gap })
+		missing := max(0, sent-arrived) // some are still under way at both ends of the time
+		t.Logf("the app met a gap of %v and missed %d of %d (the machine stood still for %v)", met.Round(time.Millisecond), missing, sent, (held / 3).Round(time.Millisecond))
+		if c.Gap < step.gap[0] || c.Gap > step.gap[1]+held || (c.Gap-met).Abs() > 100*time.Millisecond+held {
+			t.Errorf("%v: the gap is %v, the app met %v, want between %v and %v", c, c.Gap, met, step.gap[0], step.gap[1])
 		}
 		lost, slack := c.LostUp+c.Lost, uint64(held/(10*time.Millisecond))
 		if lost < step.lost[0] || lost > step.lost[1]+slack || lost > uint64(missing)*3/2+20+slack || uint64(missing) > lost*2+20+slack {
