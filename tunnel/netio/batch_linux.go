@@ -157,6 +157,38 @@ func Local(oob []byte) netip.Addr {
 	return netip.Addr{}
 }
 
+// Transparent lets a socket take what TPROXY hands to it, and makes the kernel
+// say where each datagram was sent to, for SentTo. It needs CAP_NET_RAW or
+// CAP_NET_ADMIN.
+func Transparent(fd uintptr, v6 bool) error {
+	level, transparent, original := unix.IPPROTO_IP, unix.IP_TRANSPARENT, unix.IP_RECVORIGDSTADDR
+	if v6 {
+		level, transparent, original = unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, unix.IPV6_RECVORIGDSTADDR
+	}
+	if err := unix.SetsockoptInt(int(fd), level, transparent, 1); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	if kind, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); err != nil || kind != unix.SOCK_DGRAM {
+		return os.NewSyscallError("getsockopt", err)
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), level, original, 1))
+}
+
+// SentTo returns where a datagram was sent to, out of its control messages;
+// invalid: they do not say.
+func SentTo(oob []byte) netip.AddrPort {
+	data := control(oob, unix.IPPROTO_IP, unix.IP_ORIGDSTADDR)
+	if len(data) < unix.SizeofSockaddrInet4 {
+		data = control(oob, unix.IPPROTO_IPV6, unix.IPV6_ORIGDSTADDR)
+	}
+	if len(data) < unix.SizeofSockaddrInet4 {
+		return netip.AddrPort{}
+	}
+	var name unix.RawSockaddrInet6
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&name)), unsafe.Sizeof(name)), data)
+	return addrPort(&name)
+}
+
 // Stamp makes the kernel note when it receives each datagram of a socket, for
 // Received.
 func Stamp(fd uintptr) error {

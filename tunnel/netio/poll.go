@@ -15,3 +15,12 @@ type Reader interface {
 	// broken, which is its last call.
 	Failed()
 }
+
+// A TransparentReader is the Reader of a socket that takes datagrams for other
+// addresses than its own (TPROXY). It gets them by TakeFor alone.
+type TransparentReader interface {
+	Reader
+	// TakeFor is Take with the address that the datagram was sent to; invalid:
+	// the kernel does not say.
+	TakeFor(p []byte, from, to netip.AddrPort)
+}

@@ -80,20 +80,23 @@ type Socket struct {
 	loop   *loop
 	fd     int
 	r      Reader
+	whole  TransparentReader // r, where it is one
 	stream bool
 	closed atomic.Bool
 	users  atomic.Int32 // of fd, its being open counted; the last one closes it
 }
 
 // Packet takes over a socket that is not connected; conn is not to be used any
-// more, also when it fails. Reading begins with Start.
+// more, also when it fails. Reading begins with Start. For a TransparentReader
+// the socket must have been made with Transparent.
 func (p *Poller) Packet(conn *net.UDPConn, r Reader) (*Socket, error) {
 	sender, err := NewSender(conn)
 	if err != nil {
 		conn.Close()
 		return nil, err
 	}
-	s, err := p.take(conn, &Socket{r: r, Sender: Sender{v6: sender.v6}})
+	whole, _ := r.(TransparentReader)
+	s, err := p.take(conn, &Socket{r: r, whole: whole, Sender: Sender{v6: sender.v6}})
 	if err == nil && p.MaxAge > 0 {
 		if err = Stamp(uintptr(s.fd)); err != nil {
 			s.Close()
@@ -339,6 +342,10 @@ func (l *loop) serve(s *Socket, events uint32) {
 		d := l.batch.At(i)
 		if Before(d.OOB, since) {
 			l.poller.late.Add(1)
+			continue
+		}
+		if s.whole != nil {
+			s.whole.TakeFor(d.P, d.From, SentTo(d.OOB))
 			continue
 		}
 		s.r.Take(d.P, d.From)

@@ -16,7 +16,8 @@ import (
 	"culvert/tunnel"
 )
 
-// A Sender sends on a UDP socket that others may read and write at the same time.
+// A Sender sends on a UDP socket, or on a raw one, that others may read and write
+// at the same time.
 type Sender struct {
 	raw controller
 	v6  bool // an IPv6 socket: it reaches IPv4 by mapped addresses
@@ -29,7 +30,13 @@ type controller interface {
 
 // NewSender returns a sender for a socket that is not connected. It ends with
 // the socket: Send then returns net.ErrClosed, wrapped.
-func NewSender(conn *net.UDPConn) (*Sender, error) {
+func NewSender(conn *net.UDPConn) (*Sender, error) { return newSender(conn) }
+
+// NewRawSender is NewSender for a raw socket of protocol 255: what is sent are
+// whole IP packets, and of the address only the host counts.
+func NewRawSender(conn *net.IPConn) (*Sender, error) { return newSender(conn) }
+
+func newSender(conn syscall.Conn) (*Sender, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return nil, err

@@ -1,0 +1,309 @@
+//go:build linux && (amd64 || arm64 || arm || riscv64)
+
+package capture
+
+import (
+	"cmp"
+	"errors"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"culvert/tunnel"
+)
+
+// dnsPort is where name servers answer.
+const dnsPort = 53
+
+// A source is one local UDP socket of an app, and the association that is for it.
+type source struct {
+	c     *Capture
+	app   netip.AddrPort
+	first netip.AddrPort // where it sent to first
+
+	out   atomic.Pointer[tunnel.Packets] // nil while it is being opened
+	last  atomic.Int64                   // the tick of the last datagram, either way
+	heard atomic.Bool                    // something came back
+	asked dnsAsked
+
+	born  uint64 // how many were before
+	ended bool   // guarded by Capture.mu: not in its map any more
+	once  sync.Once
+}
+
+// reader takes datagrams from one socket.
+type reader struct {
+	c       *Capture
+	touched []*source // of this batch, which have to be flushed
+}
+
+// Take is for sockets that are not transparent.
+func (r *reader) Take([]byte, netip.AddrPort) {}
+
+// Failed is an error of a socket that sends nothing: there is none to expect.
+func (r *reader) Failed() {}
+
+// TakeFor passes one datagram on.
+func (r *reader) TakeFor(p []byte, app, to netip.AddrPort) {
+	c := r.c
+	if !to.IsValid() || c.sockets.mine(to) {
+		c.drops[dropNotCaptured].Add(1)
+		c.tellUnreachable(app, to, reasonPort)
+		return
+	}
+	s := c.source(app, to)
+	if s == nil {
+		return
+	}
+	out := s.out.Load()
+	if out == nil {
+		c.drops[dropOpening].Add(1)
+		return
+	}
+	s.last.Store(c.tick.Load())
+	target := tunnel.TargetOf(to)
+	if to.Port() == dnsPort && c.cfg.DNS.IsValid() {
+		s.asked.note(p, to)
+		target = tunnel.TargetOf(c.cfg.DNS)
+	}
+	err := (*out).Send(p, target)
+	if !slices.Contains(r.touched, s) {
+		r.touched = append(r.touched, s)
+	}
+	switch {
+	case err == nil:
+		c.up.Add(1)
+	case errors.Is(err, tunnel.ErrTooLarge):
+		c.drops[dropTooLarge].Add(1)
+	case errors.Is(err, tunnel.PolicyDenied):
+		c.drops[dropPolicy].Add(1)
+		c.tellUnreachable(app, to, reasonDenied)
+	default:
+		c.drops[dropRefused].Add(1)
+		c.tellUnreachable(app, to, reasonOf(err))
+	}
+}
+
+// Flush ends a batch.
+func (r *reader) Flush() {
+	for i, s := range r.touched {
+		(*s.out.Load()).Flush()
+		r.touched[i] = nil
+	}
+	r.touched = r.touched[:0]
+}
+
+// source returns that of an app's socket, which it opens for the first datagram.
+// nil: it was refused, and the app has been told.
+func (c *Capture) source(app, to netip.AddrPort) *source {
+	c.mu.Lock()
+	s := c.sources[app]
+	if s != nil || c.closed {
+		c.mu.Unlock()
+		return s
+	}
+	var gone []*source
+	if len(c.sources) >= c.cfg.MaxSources {
+		gone = c.evictLocked()
+	}
+	s = &source{c: c, app: app, first: to, born: c.associations}
+	s.last.Store(c.tick.Load())
+	c.sources[app] = s
+	c.associations++
+	c.wg.Add(1)
+	c.mu.Unlock()
+	for _, g := range gone {
+		g.close()
+	}
+
+	out, err := c.cfg.Next.OpenPackets(tunnel.Peer{Addr: app, Held: true}, s)
+	if err != nil {
+		c.forget(s)
+		c.wg.Done()
+		c.failed("UDP", app, to, err)
+		c.tellUnreachable(app, to, reasonOf(err))
+		return nil
+	}
+	s.out.Store(&out)
+	c.mu.Lock()
+	ended := s.ended
+	c.mu.Unlock()
+	if ended { // while it was being opened
+		s.close()
+		return nil
+	}
+	return s
+}
+
+// evictLocked makes room: a sixteenth of all, so that a flood of new sources does
+// not look at all of them for each. Those that have never had an answer go first,
+// of them those that were used last the longest ago.
+func (c *Capture) evictLocked() []*source {
+	all := make([]*source, 0, len(c.sources))
+	for _, s := range c.sources {
+		all = append(all, s)
+	}
+	slices.SortFunc(all, func(a, b *source) int {
+		if x, y := a.heard.Load(), b.heard.Load(); x != y {
+			if x {
+				return 1
+			}
+			return -1
+		}
+		return cmp.Or(cmp.Compare(a.last.Load(), b.last.Load()), cmp.Compare(a.born, b.born))
+	})
+	all = all[:(len(all)+15)/16]
+	for _, s := range all {
+		s.ended = true
+		delete(c.sources, s.app)
+	}
+	c.evicted += uint64(len(all))
+	return all
+}
+
+// sweep ends what has been idle.
+func (c *Capture) sweep(now int64) {
+	var gone []*source
+	c.mu.Lock()
+	for _, s := range c.sources {
+		if now-s.last.Load() > int64(c.cfg.Idle/tickTime) {
+			s.ended = true
+			delete(c.sources, s.app)
+			gone = append(gone, s)
+		}
+	}
+	c.mu.Unlock()
+	for _, s := range gone {
+		s.close()
+	}
+}
+
+// forget takes a source out of the map.
+func (c *Capture) forget(s *source) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !s.ended {
+		s.ended = true
+		delete(c.sources, s.app)
+	}
+}
+
+// close ends the association of a source that is not in the map any more. It does
+// nothing while the association is being opened: who opens it sees that it ended.
+func (s *source) close() {
+	out := s.out.Load()
+	if out == nil {
+		return
+	}
+	s.once.Do(func() {
+		go func() { // the caller may be the path, inside Closed
+			(*out).Close()
+			s.c.wg.Done()
+		}()
+	})
+}
+
+// Deliver hands one datagram to the app, as if it came from there. It never
+// waits: what the socket does not take at once is dropped.
+func (s *source) Deliver(p []byte, from netip.AddrPort) {
+	c := s.c
+	from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+	if from == c.cfg.DNS {
+		from = s.asked.server(p, from)
+	}
+	if !s.heard.Load() {
+		s.heard.Store(true)
+	}
+	s.last.Store(c.tick.Load())
+	b := packets.Get().(*packet)
+	defer packets.Put(b)
+	whole, ok := appendUDP(b.data[:0], from, s.app, p)
+	switch {
+	case ok:
+	case from.Addr().Is4() != s.app.Addr().Is4():
+		c.drops[dropFamily].Add(1)
+		return
+	default:
+		c.drops[dropTooLarge].Add(1)
+		return
+	}
+	switch err := c.sockets.send(whole, s.app.Addr()); {
+	case err == nil:
+		c.down.Add(1)
+	case errors.Is(err, tunnel.ErrBlocked), errors.Is(err, syscall.ENOBUFS):
+		c.drops[dropSocketFull].Add(1)
+	case errors.Is(err, tunnel.ErrTooLarge):
+		c.drops[dropTooLarge].Add(1)
+	default:
+		c.drops[dropSocketError].Add(1)
+	}
+}
+
+// Unreachable hands an error on to the app.
+func (s *source) Unreachable(to netip.AddrPort, err error) {
+	if to.IsValid() {
+		s.c.tellUnreachable(s.app, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), reasonOf(err))
+	}
+}
+
+// Closed ends the source; the app's next datagram opens another.
+func (s *source) Closed(err error) {
+	s.c.forget(s)
+	s.close()
+}
+
+// tellUnreachable tells an app's socket that an address does not take what it
+// sends there.
+func (c *Capture) tellUnreachable(app, to netip.AddrPort, why reason) {
+	b := packets.Get().(*packet)
+	defer packets.Put(b)
+	if p, ok := appendUnreachable(b.data[:0], app, to, why); ok && c.sockets.send(p, app.Addr()) == nil {
+		c.unreachable.Add(1)
+	}
+}
+
+// packet holds one packet for an app.
+type packet struct{ data [mostHeaders + 1<<16]byte }
+
+// packets are shared by all associations of the process.
+var packets = sync.Pool{New: func() any { return new(packet) }}
+
+// dnsAsked remembers which server an app has asked, by the number of its query
+// (RFC 1035 section 4.1.1), for the last few.
+type dnsAsked struct {
+	mu   sync.Mutex
+	next int
+	ring [16]struct {
+		id     [2]byte
+		server netip.AddrPort
+	}
+}
+
+func (d *dnsAsked) note(p []byte, server netip.AddrPort) {
+	if len(p) < 2 {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	e := &d.ring[d.next]
+	d.next = (d.next + 1) % len(d.ring)
+	e.id, e.server = [2]byte(p), server
+}
+
+// server returns whom the app has asked what p answers; none: from.
+func (d *dnsAsked) server(p []byte, from netip.AddrPort) netip.AddrPort {
+	if len(p) < 2 {
+		return from
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := range d.ring { // the latest first
+		e := &d.ring[(d.next-1-i+2*len(d.ring))%len(d.ring)]
+		if e.id == [2]byte(p) && e.server.IsValid() {
+			return e.server
+		}
+	}
+	return from
+}

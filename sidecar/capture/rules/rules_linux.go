@@ -1,0 +1,231 @@
+package rules
+
+import (
+	"bufio"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/tunnel"
+)
+
+var families = []int{netlink.FAMILY_V4, netlink.FAMILY_V6}
+
+// On sets the rules, in place of those that were there. It refuses while
+// another port's are: those are another sidecar's.
+func On(r Rules) error {
+	if err := r.Check(); err != nil {
+		return err
+	}
+	state, err := Read()
+	if err != nil {
+		return err
+	}
+	if state.On && state.Port != r.Port {
+		return tunnel.Errorf(tunnel.NotPermitted, "capture is on already, for the sidecar at port %d; turn that off first, with 'culvert capture off'", state.Port)
+	}
+	// Made before anything is changed: a cgroup may not exist.
+	c := &nftables.Conn{}
+	table := &nftables.Table{Name: Table, Family: nftables.TableFamilyINet}
+	c.AddTable(table)
+	c.DelTable(table)
+	c.AddTable(table)
+	made := map[string]*nftables.Chain{}
+	for _, ch := range chains {
+		made[ch.name] = c.AddChain(baseOf(ch.name, table))
+	}
+	for _, l := range r.script() {
+		var all []expr.Any
+		for _, p := range l.parts {
+			e, err := p.expr()
+			if err != nil {
+				return err
+			}
+			all = append(all, e...)
+		}
+		var data []byte
+		if l.comment != "" {
+			data = userdata.AppendString(nil, userdata.TypeComment, l.comment)
+		}
+		c.AddRule(&nftables.Rule{Table: table, Chain: made[l.chain], Exprs: all, UserData: data})
+	}
+	// The way first: what is marked must have somewhere to go.
+	if err := route(true); err != nil {
+		return err
+	}
+	if err := c.Flush(); err != nil {
+		if !state.On {
+			route(false)
+		}
+		return explain("set nftables rules", err)
+	}
+	return nil
+}
+
+// baseOf is a chain with its hook, where it has one.
+func baseOf(name string, t *nftables.Table) *nftables.Chain {
+	c := &nftables.Chain{Name: name, Table: t}
+	accept := nftables.ChainPolicyAccept
+	switch name {
+	case "prerouting":
+		c.Type, c.Hooknum, c.Priority, c.Policy = nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityMangle, &accept
+	case "output":
+		c.Type, c.Hooknum, c.Priority, c.Policy = nftables.ChainTypeRoute, nftables.ChainHookOutput, nftables.ChainPriorityMangle, &accept
+	}
+	return c
+}
+
+// Off removes the rules and reports whether there were any.
+func Off() (was bool, err error) {
+	state, err := Read()
+	if err != nil {
+		return false, err
+	}
+	c := &nftables.Conn{}
+	table := &nftables.Table{Name: Table, Family: nftables.TableFamilyINet}
+	c.AddTable(table) // so that there is one to delete
+	c.DelTable(table)
+	if err := c.Flush(); err != nil {
+		return false, explain("remove nftables rules", err)
+	}
+	return state.On, route(false)
+}
+
+// route sets or removes the rule and the route of each family.
+func route(on bool) error {
+	lo, err := net.InterfaceByName("lo")
+	if err != nil {
+		return explain("find the loopback interface", err)
+	}
+	for _, family := range families {
+		if family == netlink.FAMILY_V6 && !hasIPv6() {
+			continue
+		}
+		all := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+		if family == netlink.FAMILY_V6 {
+			all = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
+		}
+		way := &netlink.Route{Family: family, LinkIndex: lo.Index, Dst: all, Table: RouteTable, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST}
+		rule := netlink.NewRule()
+		mask := uint32(Mark)
+		rule.Family, rule.Mark, rule.Mask, rule.Table, rule.Priority = family, Mark, &mask, RouteTable, RouteTable
+		if on {
+			if err := netlink.RouteReplace(way); err != nil {
+				return explain("set a route", err)
+			}
+			if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+				return explain("set a routing rule", err)
+			}
+			continue
+		}
+		for { // there may be several, of an earlier version or by hand
+			err := netlink.RuleDel(rule)
+			if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) {
+				break
+			}
+			if err != nil {
+				return explain("remove a routing rule", err)
+			}
+		}
+		if err := netlink.RouteDel(way); err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOENT) {
+			return explain("remove a route", err)
+		}
+	}
+	return nil
+}
+
+// hasIPv6 reports whether the kernel has the family at all.
+func hasIPv6() bool {
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	return err == nil
+}
+
+// Read returns what the kernel has.
+func Read() (State, error) {
+	c := &nftables.Conn{}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return State{}, explain("read nftables rules", err)
+	}
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == Table })
+	if i < 0 {
+		return State{}, nil
+	}
+	s := State{On: true}
+	for n, name := range []string{"prerouting", "skip", "who", "take"} {
+		list, err := c.GetRules(tables[i], &nftables.Chain{Name: name, Table: tables[i]})
+		if errors.Is(err, unix.ENOENT) {
+			continue // a table that has our name and not our chains
+		}
+		if err != nil {
+			return State{}, explain("read nftables rules", err)
+		}
+		for k, r := range list {
+			comment, _ := userdata.GetString(r.UserData, userdata.TypeComment)
+			if n == 0 && k == 0 {
+				s.Port, s.Lasting, _ = parseAbout(comment)
+				continue
+			}
+			if comment == "" {
+				continue
+			}
+			l := Line{Text: comment, Captures: name == "who"}
+			for _, e := range r.Exprs {
+				if count, ok := e.(*expr.Counter); ok {
+					l.Packets = count.Packets
+				}
+			}
+			s.Lines = append(s.Lines, l)
+		}
+	}
+	return s, nil
+}
+
+// cgroupID is the number that the kernel has for a cgroup of version 2.
+func cgroupID(path string) (uint64, error) {
+	root, err := cgroupRoot()
+	if err != nil {
+		return 0, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(root, path), &st); err != nil {
+		return 0, tunnel.Errorf(tunnel.ConfigInvalid, "there is no cgroup %s below %s; start what runs in it first, or name its slice", path, root)
+	}
+	return st.Ino, nil
+}
+
+// cgroupRoot is where the hierarchy of version 2 is mounted.
+func cgroupRoot() (string, error) {
+	f, err := os.Open("/proc/self/mounts")
+	if err == nil {
+		defer f.Close()
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			if field := strings.Fields(lines.Text()); len(field) > 2 && field[2] == "cgroup2" {
+				return field[1], nil
+			}
+		}
+	}
+	return "", tunnel.Errorf(tunnel.Unsupported, "this system has no cgroups of version 2; capture by user instead")
+}
+
+// explain says what an error of the kernel means here.
+func explain(what string, err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return tunnel.Errorf(tunnel.NotPermitted, "to %s needs CAP_NET_ADMIN; run it as root, or grant the capability", what)
+	case errors.Is(err, unix.ENETDOWN):
+		return tunnel.Errorf(tunnel.Internal, "can not %s: the loopback interface is down; set it up with 'ip link set lo up'", what)
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.ENOENT):
+		return tunnel.Errorf(tunnel.Unsupported, "this kernel can not %s; it lacks nftables, or their tproxy, socket or fib: %w", what, err)
+	}
+	return tunnel.Errorf(tunnel.Internal, "can not %s: %w", what, err)
+}
