@@ -53,7 +53,7 @@ var own = map[string][]string{
 	"sidecar/channel":       {},
 	"sidecar/capture":       {"tunnel", "tunnel/netio"},
 	"sidecar/capture/rules": {"tunnel"},
-	"sidecar/control":       {"tunnel", "sidecar", "sidecar/channel"},
+	"sidecar/control":       {"tunnel", "sidecar", "sidecar/channel", "sidecar/capture"},
 	"cloudproxy":            {"tunnel", "tunnel/wire", "tunnel/session", "tunnel/resume"},
 	"cloudproxy/identity":   {"tunnel"},
 	"cloudproxy/egress":     {"tunnel", "tunnel/netio"},

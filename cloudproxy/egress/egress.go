@@ -17,10 +17,13 @@ import (
 
 // Config says how traffic leaves. The zero value is usable.
 type Config struct {
-	Local4, Local6  netip.Addr    // source addresses; invalid: the kernel chooses
-	Public          []netip.Addr  // further addresses under which this host is reached, as behind a 1:1 NAT
-	Idle            time.Duration // an association without a datagram ends after it; 0: 2 minutes
-	DialTimeout     time.Duration // for one TCP connection; 0: 10 s
+	Local4, Local6 netip.Addr    // source addresses; invalid: the kernel chooses
+	Public         []netip.Addr  // further addresses under which this host is reached, as behind a 1:1 NAT
+	Idle           time.Duration // an association without a datagram ends after it; 0: 2 minutes
+	DialTimeout    time.Duration // for one TCP connection; 0: 10 s
+	// Control is called on each socket before it is used, as in net.Dialer; nil:
+	// nothing is.
+	Control         func(network, address string, c syscall.RawConn) error
 	MaxAge          time.Duration // how long a datagram from outside may wait in a socket until it is dropped; 0: for ever
 	MaxAssociations int           // of all sessions together; 0: 100,000. Where the process may open fewer files: 80 % of these
 }
@@ -234,6 +237,7 @@ func (e *Egress) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target
 	}
 	d := net.Dialer{
 		Timeout:         e.cfg.DialTimeout,
+		Control:         e.cfg.Control,
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 15 * time.Second, Count: 6},
 	}
 	network, local := "tcp4", e.cfg.Local4

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -278,11 +279,16 @@ func (a *association) socket(f int) (*socket, error) {
 	if local.IsValid() {
 		at = net.UDPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
 	}
-	conn, err := net.ListenUDP(network, at)
+	bind := ":0"
+	if at != nil {
+		bind = at.String()
+	}
+	made, err := (&net.ListenConfig{Control: a.e.cfg.Control}).ListenPacket(context.Background(), network, bind)
 	if err != nil {
 		a.e.failed.Add(1)
 		return nil, explain("no UDP socket: the destination", err)
 	}
+	conn := made.(*net.UDPConn)
 	s := &socket{a: a, key: mapping{f == 1, conn.LocalAddr().(*net.UDPAddr).AddrPort().Port()}}
 	if err := s.open(conn); err != nil {
 		a.e.failed.Add(1)

@@ -334,6 +334,9 @@ func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 		}
 		row(name, "%s  %s", c.At.Local().Format("15:04:05.000"), c)
 	}
+	if t := st.Capture; t != nil {
+		row("captured now", "%d UDP sockets, %d TCP connections; 'culvert capture status' says of whom", t.Relays, t.Open)
+	}
 	row("open now", "%d associations, %d streams", st.Associations, st.Streams)
 	row("datagrams", "%d up (%d bytes), %d down (%d bytes)", st.Tunnel.DatagramsUp, st.Tunnel.DatagramBytesUp, st.Tunnel.DatagramsDown, st.Tunnel.DatagramBytesDn)
 	row("stream bytes", "%d up, %d down", st.Tunnel.StreamBytesUp, st.Tunnel.StreamBytesDown)

@@ -35,6 +35,7 @@ For real:       culvert-cloudproxy init --host HOST --dir DIR     outside; makes
                 culvert run -c culvert.yaml                       here
 
 Then:           culvert status                what carries the traffic, and why
+                culvert capture on --user me  apps that know no proxy (Linux, root)
                 culvert stop --wait 30s       when the calls have ended
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
@@ -44,7 +45,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
 		Writer:          stdout,
 		ErrWriter:       stderr,
 		Reader:          os.Stdin,
-		Commands:        append(append([]*cli.Command{runCommand()}, controlCommands()...), policyCommand()),
+		Commands:        append(append([]*cli.Command{runCommand()}, controlCommands()...), captureCommand(), policyCommand()),
 		ExitErrHandler:  func(*cli.Context, error) {}, // the code comes from exitCode
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 0 {

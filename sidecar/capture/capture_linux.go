@@ -161,6 +161,9 @@ func (c *Capture) end() {
 	}
 }
 
+// Close gives up the sockets of a Capture that has not run.
+func (c *Capture) Close() { c.sockets.Close() }
+
 // Stats returns the counters.
 func (c *Capture) Stats() Stats {
 	s := Stats{

@@ -36,6 +36,9 @@ func New(Config) (*Capture, error) {
 // Run is for Linux.
 func (*Capture) Run(context.Context) error { return nil }
 
+// Close is for Linux.
+func (*Capture) Close() {}
+
 // Stats is for Linux.
 func (*Capture) Stats() Stats { return Stats{} }
 

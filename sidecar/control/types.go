@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"time"
 
+	"culvert/sidecar/capture"
 	"culvert/tunnel"
 )
 
@@ -26,7 +27,8 @@ type Status struct {
 	Link         tunnel.LinkState  `json:"link"`
 	Changes      []tunnel.Change   `json:"changes,omitempty"` // of the link, the last ones, oldest first
 	Tunnel       tunnel.LinkStats  `json:"tunnel"`
-	Front        any               `json:"front,omitempty"` // the front's counters
+	Front        any               `json:"front,omitempty"`   // the front's counters
+	Capture      *capture.Stats    `json:"capture,omitempty"` // nil: this sidecar takes no captured traffic
 	Streams      int               `json:"streams"`
 	Associations int               `json:"associations"`
 	Channels     []Channel         `json:"channels"`

@@ -3,6 +3,8 @@ package tunnelquic
 import (
 	"crypto/tls"
 	"log/slog"
+	"net"
+	"syscall"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -56,6 +58,11 @@ type Config struct {
 	// MaxAge is how old a datagram may be when it arrives in a DATAGRAM frame,
 	// beyond the shortest way seen lately: older ones are dropped. 0: 150 ms.
 	MaxAge time.Duration
+	// Control is called on each UDP socket that a Dialer makes, as in
+	// net.ListenConfig; nil: nothing is.
+	Control func(network, address string, c syscall.RawConn) error
+	// Resolver looks up names for a Dialer; nil: the system's.
+	Resolver *net.Resolver
 	// Limits of a listener; zero fields have the defaults named there.
 	Limits Limits
 	// Log takes what is worth an operator's attention; nil discards it.

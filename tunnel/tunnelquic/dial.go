@@ -43,7 +43,7 @@ func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, er
 	if err != nil || port == 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%q is not a port between 1 and 65535 (in %q)", service, address)
 	}
-	addrs, err := resolve(ctx, host)
+	addrs, err := resolve(ctx, d.cfg.Resolver, host)
 	if err != nil {
 		return nil, dialError(err, address)
 	}
@@ -112,11 +112,14 @@ func weight(err error) int {
 }
 
 // resolve returns the first address of each family, in the resolver's order.
-func resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+func resolve(ctx context.Context, r *net.Resolver, host string) ([]netip.Addr, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a}, nil
 	}
-	all, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if r == nil {
+		r = net.DefaultResolver
+	}
+	all, err := r.LookupNetIP(ctx, "ip", host)
 	if err != nil {
 		return nil, err
 	}
@@ -135,10 +138,11 @@ func (d *Dialer) dial(ctx context.Context, host string, to netip.AddrPort) (*can
 	if to.Addr().Is6() {
 		network = "udp6"
 	}
-	udp, err := net.ListenUDP(network, nil)
+	made, err := (&net.ListenConfig{Control: d.cfg.Control}).ListenPacket(ctx, network, ":0")
 	if err != nil {
 		return nil, err
 	}
+	udp := made.(*net.UDPConn)
 	sock, err := newSocket(udp, d.cfg, false)
 	if err != nil {
 		udp.Close()

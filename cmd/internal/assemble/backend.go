@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"culvert/sidecar"
+	"culvert/sidecar/capture"
 	"culvert/sidecar/channel"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
@@ -23,7 +24,7 @@ const notConnected = "not_connected"
 
 // DropReasons returns the words under which a sidecar counts dropped datagrams.
 func DropReasons() []string {
-	all := slices.Concat(media.Reasons(), tunnelquic.Reasons(), tunneltls.Reasons(), sidecar.DropReasons(), []string{notConnected})
+	all := slices.Concat(media.Reasons(), tunnelquic.Reasons(), tunneltls.Reasons(), sidecar.DropReasons(), capture.DropReasons(), []string{notConnected})
 	slices.Sort(all)
 	return slices.Compact(all)
 }
@@ -50,7 +51,14 @@ func (b *Backend) Status() control.Status {
 	}
 	fronts := maps.Clone(front.Dropped)
 	delete(fronts, "too_large") // what the link was given and could not hold: it has counted that
-	for _, more := range []map[string]uint64{link.Dropped, fronts, {notConnected: sw.HeldDrops}} {
+	var captured map[string]uint64
+	if s.Capture != nil {
+		stats := s.Capture.Stats()
+		captured = maps.Clone(stats.Dropped)
+		delete(captured, "too_large") // as of the front
+		st.Capture = &stats
+	}
+	for _, more := range []map[string]uint64{link.Dropped, fronts, captured, {notConnected: sw.HeldDrops}} {
 		for reason, n := range more {
 			st.Dropped[reason] += n
 		}

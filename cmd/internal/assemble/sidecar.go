@@ -18,6 +18,8 @@ import (
 	"culvert/cmd/internal/config"
 	"culvert/policy"
 	"culvert/sidecar"
+	"culvert/sidecar/capture"
+	"culvert/sidecar/capture/rules"
 	"culvert/sidecar/channel"
 	"culvert/tunnel"
 	"culvert/tunnel/media"
@@ -37,6 +39,7 @@ type Sidecar struct {
 	Switch   *sidecar.Switch
 	Front    *sidecar.Front
 	Watcher  *channel.Watcher
+	Capture  *capture.Capture // nil: nothing is captured
 	Link     tunnel.Link
 	Policy   *policy.Policy // nil: the cloud proxy alone decides
 	changes  *changes
@@ -44,12 +47,13 @@ type Sidecar struct {
 	setLive  func(bool) // tells the link whether a channel is live
 	listener net.Listener
 	egress   *egress.Egress // for direct mode; else nil
+	rules    *rules.Rules   // those that the configuration asks for; nil: none
 }
 
 // NewSidecar makes a sidecar:
 //
-//	front ──► watch ──► switch ──► guard ──► uplink (session, carriers)
-//	                      └─ stopped, when_stopped: direct ──► resolve ──► guard ──► egress
+//	front ────┬► watch ──► switch ──► guard ──► uplink (session, carriers)
+//	capture ──┘               └─ stopped, when_stopped: direct ──► resolve ──► guard ──► egress
 func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 	s = &Sidecar{changes: newChanges(), log: log}
 	made := s // a return with an error has set s to nil
@@ -72,7 +76,8 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 	}
 	var direct tunnel.Opener
 	if c.WhenStopped == "direct" {
-		if s.egress, err = egress.New(egress.Config{}); err != nil {
+		own := protect(c.Capture)
+		if s.egress, err = egress.New(egress.Config{Control: own.control}); err != nil {
 			return nil, err
 		}
 		// What the tunnel would refuse is refused here as well. Without a
@@ -81,7 +86,7 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 		if s.Policy != nil {
 			direct = policy.NewGuard(direct, func() *policy.Policy { return s.Policy })
 		}
-		direct = egress.NewResolve(direct, egress.ResolveConfig{})
+		direct = egress.NewResolve(direct, egress.ResolveConfig{Resolver: own.resolver})
 	}
 	// The watcher tells the switch, which does not exist yet.
 	s.Watcher = channel.New(channel.Config{
@@ -129,6 +134,11 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 	if s.Front, err = sidecar.NewFront(fc); err != nil {
 		return nil, err
 	}
+	if c.Capture != nil {
+		if err := s.newCapture(c); err != nil {
+			return nil, err
+		}
+	}
 	return s, nil
 }
 
@@ -149,11 +159,12 @@ func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*u
 		return nil, err
 	}
 	maxWait := time.Duration(c.Media.MaxWait)
-	quic, err := tunnelquic.NewDialer(tunnelquic.Config{TLS: conf, MaxAge: maxWait, Log: log})
+	own := protect(c.Capture)
+	quic, err := tunnelquic.NewDialer(tunnelquic.Config{TLS: conf, MaxAge: maxWait, Control: own.control, Resolver: own.resolver, Log: log})
 	if err != nil {
 		return nil, err
 	}
-	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
+	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Dial: own.dialer().DialContext, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
 	if err != nil {
 		return nil, err
 	}
@@ -217,9 +228,15 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
-	errs := make([]error, 2)
+	errs := make([]error, 3)
 	wg.Go(func() { defer cancel(); errs[0] = s.Switch.Run(ctx) })
 	wg.Go(func() { defer cancel(); errs[1] = s.Front.Run(ctx) })
+	if s.Capture != nil {
+		// The rules end first: what is captured must have somebody to take it.
+		taking, stop := context.WithCancel(context.WithoutCancel(ctx))
+		wg.Go(func() { defer cancel(); errs[2] = s.Capture.Run(taking) })
+		wg.Go(func() { defer stop(); s.keepRules(ctx) })
+	}
 	wg.Go(func() { sidecar.TickWatch(ctx, s.Watcher) })
 	wg.Go(func() { s.tellLive(ctx) })
 	wg.Go(func() { s.changes.run(ctx, s.log) })
@@ -250,5 +267,9 @@ func (s *Sidecar) Close() {
 	}
 	if s.egress != nil {
 		s.egress.Close()
+	}
+	if s.Capture != nil {
+		s.dropRules()
+		s.Capture.Close()
 	}
 }

@@ -139,3 +139,29 @@ func FuzzCloudProxy(f *testing.F) {
 		}
 	})
 }
+
+func TestWhatCanNotBeCapturedIsNamed(t *testing.T) {
+	for text, want := range map[string]string{
+		"capture: {port: 70000}":             "capture.port: 70000",
+		"capture: {all: true, users: alice}": "all leaves no choice",
+		"capture: {except: 10.0.0.0/33}":     `capture.except: "10.0.0.0/33"`,
+		"capture: {except: intranet}":        `"intranet"`,
+		"capture: {dns: resolver}":           `capture.dns: "resolver"`,
+		"capture: {dns: '9.9.9.9:0'}":        `capture.dns: "9.9.9.9:0"`,
+		"capture: {user: alice}":             "user",
+	} {
+		_, err := ReadSidecar(write(t, goodSidecar+"\n"+text+"\n"))
+		if tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", text, err, want)
+		}
+	}
+	c, err := ReadSidecar(write(t, goodSidecar+"\ncapture: {except: [10.1.2.3/8, '2001:db8::1'], dns: '2001:db8::53'}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nets, _ := c.Capture.Excepted()
+	server, _ := c.Capture.Server()
+	if c.Capture.Port != 1443 || c.Capture.Selects() || len(nets) != 2 || nets[0].String() != "10.0.0.0/8" || nets[1].String() != "2001:db8::1/128" || server.String() != "[2001:db8::53]:53" {
+		t.Errorf("%+v, %v, %v", c.Capture, nets, server)
+	}
+}

@@ -35,8 +35,12 @@ func keys(t reflect.Type, prefix string) []string {
 	for f := range t.Fields() {
 		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
 		name = prefix + name
-		if f.Type.Kind() == reflect.Struct && f.Type != reflect.TypeFor[policy.Config]() {
-			all = append(all, keys(f.Type, name+".")...)
+		of := f.Type
+		if of.Kind() == reflect.Pointer {
+			of = of.Elem()
+		}
+		if of.Kind() == reflect.Struct && of != reflect.TypeFor[policy.Config]() {
+			all = append(all, keys(of, name+".")...)
 			continue
 		}
 		all = append(all, name)
@@ -79,7 +83,7 @@ func TestThePagesExamplesAreValid(t *testing.T) {
 		read func(string) error
 		keys []string
 	}{
-		"culvert.yaml":    {sidecar, func(f string) error { _, err := ReadSidecar(f); return err }, []string{"cloud_proxy", "identity", "front", "control", "media", "policy", "log"}},
+		"culvert.yaml":    {sidecar, func(f string) error { _, err := ReadSidecar(f); return err }, []string{"cloud_proxy", "identity", "front", "control", "capture", "media", "policy", "log"}},
 		"cloudproxy.yaml": {cloud, func(f string) error { _, err := ReadCloudProxy(f); return err }, []string{"certificate", "tokens", "policy", "egress", "limits"}},
 	} {
 		m := example.FindStringSubmatch(c.page)

@@ -19,6 +19,7 @@ type Sidecar struct {
 	Start       string        `yaml:"start,omitempty"`        // auto or manual
 	WhenStopped string        `yaml:"when_stopped,omitempty"` // refuse or direct
 	StopWait    Duration      `yaml:"stop_wait,omitempty"`    // how long SIGTERM waits for a channel to end
+	Capture     *Capture      `yaml:"capture,omitempty"`      // nil: nothing is captured
 	Media       Media         `yaml:"media,omitempty"`
 	Policy      policy.Config `yaml:"policy,omitempty"`
 	Log         Log           `yaml:"log,omitempty"`
@@ -99,6 +100,11 @@ func (c *Sidecar) Check() error {
 	}
 	if err := c.Media.check(); err != nil {
 		return err
+	}
+	if c.Capture != nil {
+		if err := c.Capture.Check(); err != nil {
+			return err
+		}
 	}
 	if len(c.CloudProxy.Address) == 0 {
 		return missing("cloud_proxy.address", "HOST:443 of the cloud proxy")

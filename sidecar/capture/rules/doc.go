@@ -13,7 +13,7 @@
 // of the sidecar.
 //
 // It does not open the sockets that receive the traffic, and does not know what
-// becomes of it. Where nobody listens at the port the kernel refuses what is
-// captured: it fails closed. Without Linux everything is Unsupported; without
+// becomes of it. Where nobody listens at the port the kernel resets what is
+// captured of TCP and drops the rest: it fails closed. Without Linux everything is Unsupported; without
 // CAP_NET_ADMIN it is NotPermitted.
 package rules

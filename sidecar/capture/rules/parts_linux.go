@@ -33,9 +33,13 @@ func wire(n uint16) []byte { return binary.BigEndian.AppendUint16(nil, n) }
 func counted() part { return is("counter", &expr.Counter{}) }
 
 func verdict(v string) part {
-	kinds := map[string]expr.VerdictKind{"accept": expr.VerdictAccept, "return": expr.VerdictReturn, "jump": expr.VerdictJump, "goto": expr.VerdictGoto}
+	kinds := map[string]expr.VerdictKind{"accept": expr.VerdictAccept, "drop": expr.VerdictDrop, "return": expr.VerdictReturn, "jump": expr.VerdictJump, "goto": expr.VerdictGoto}
 	kind, chain, _ := strings.Cut(v, " ")
 	return is(v, &expr.Verdict{Kind: kinds[kind], Chain: chain})
+}
+
+func reset() part {
+	return is("reject with tcp reset", &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
 }
 
 func onLoopback() part {
@@ -162,7 +166,7 @@ func tproxy(family netip.Addr, port uint16) part {
 func cgroupIs(path string) part {
 	level := strings.Count(path, "/") + 1
 	return part{fmt.Sprintf("socket cgroupv2 level %d %q", level, path), func() ([]expr.Any, error) {
-		id, err := cgroupID(path)
+		id, err := CgroupID(path)
 		if err != nil {
 			return nil, err
 		}

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"path"
@@ -23,6 +24,9 @@ const (
 	// machine, and the priority of the rule that leads to it: before a VPN's.
 	RouteTable = 4430
 )
+
+// ErrOther refuses rules while those of another sidecar are set.
+var ErrOther = errors.New("capture is on already")
 
 // Rules say what is captured and where it goes.
 type Rules struct {

@@ -31,7 +31,7 @@ func On(r Rules) error {
 		return err
 	}
 	if state.On && state.Port != r.Port {
-		return tunnel.Errorf(tunnel.NotPermitted, "capture is on already, for the sidecar at port %d; turn that off first, with 'culvert capture off'", state.Port)
+		return tunnel.Errorf(tunnel.NotPermitted, "%w, for the sidecar at port %d; turn that off first, with 'culvert capture off'", ErrOther, state.Port)
 	}
 	// Made before anything is changed: a cgroup may not exist.
 	c := &nftables.Conn{}
@@ -190,8 +190,8 @@ func Read() (State, error) {
 	return s, nil
 }
 
-// cgroupID is the number that the kernel has for a cgroup of version 2.
-func cgroupID(path string) (uint64, error) {
+// CgroupID is the number that the kernel has for a cgroup of version 2.
+func CgroupID(path string) (uint64, error) {
 	root, err := cgroupRoot()
 	if err != nil {
 		return 0, err

@@ -14,6 +14,9 @@ func On(Rules) error { return unsupported() }
 // Off is for Linux.
 func Off() (bool, error) { return false, unsupported() }
 
+// CgroupID is for Linux.
+func CgroupID(string) (uint64, error) { return 0, unsupported() }
+
 // Read is for Linux.
 func Read() (State, error) { return State{}, unsupported() }
 

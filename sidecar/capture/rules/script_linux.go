@@ -15,7 +15,7 @@ import (
 //	                      ▼               ▼           ▼
 //	                   its own way
 //
-//	prerouting, on lo: what is marked goes to the sidecar's sockets
+//	prerouting, on lo: what is marked goes to the sidecar's sockets, or is rejected
 var chains = []chain{
 	{name: "prerouting", base: "type filter hook prerouting priority mangle; policy accept;"},
 	{name: "output", base: "type route hook output priority mangle; policy accept;"},
@@ -48,6 +48,10 @@ func (r Rules) script() []rule {
 			add("prerouting", "", onLoopback(), marked(Mark), ofFamily(family), l4(proto), tproxy(family, r.Port), verdict("accept"))
 		}
 	}
+	// Nobody is there. The kernel has no ICMP for a destination that is not this
+	// machine's, so UDP is dropped.
+	add("prerouting", "", onLoopback(), marked(Mark), l4("tcp"), reset())
+	add("prerouting", "", onLoopback(), marked(Mark), verdict("drop"))
 
 	// A TCP connection is decided on once, at its first packet.
 	add("output", "", l4("tcp"), ctDirection("original"), ctMarked(Mark), setMark(Mark), verdict("accept"))

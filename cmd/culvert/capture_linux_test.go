@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"culvert/cmd/internal/netpair"
+	"culvert/tunnel"
+)
+
+// captured is a sidecar that takes captured traffic on a network of which only
+// 443 to the cloud proxy passes, and an outside world behind the cloud proxy.
+type captured struct {
+	*only443
+	sidecar *exec.Cmd
+}
+
+// captureUser is the app's, who has no name on the machine.
+const captureUser = 54321
+
+// The outside world: an address of each family that only the cloud proxy reaches.
+const (
+	outside4 = "203.0.113.9"
+	outside6 = "2001:db8:113::9"
+)
+
+func newCaptured(t *testing.T, bin, config string) *captured {
+	t.Helper()
+	pair := netpair.New(t)
+	o := &captured{only443: newOnly443On(t, bin, pair, func(dir string) {
+		for file, more := range map[string]string{"cloudproxy.yaml": "", "culvert.yaml": "\n" + config} {
+			b, err := os.ReadFile(filepath.Join(dir, file))
+			if err == nil {
+				err = os.WriteFile(filepath.Join(dir, file), []byte(strings.ReplaceAll(string(b), "127.0.0.0/8", "127.0.0.0/8, 203.0.113.0/24, 2001:db8:113::/48")+more), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	})}
+	for at, commands := range map[*netpair.Space][]string{
+		pair.Far:  {"ip addr add " + outside4 + "/32 dev lo", "ip addr add " + outside6 + "/128 dev lo"},
+		pair.Near: {"ip link add away type veth peer name nowhere", "ip link set away up", "ip link set nowhere up", "ip -6 addr add fd00:80::1/64 dev away nodad", "ip -6 route add default dev away"},
+	} {
+		for _, c := range commands {
+			if out, err := o.in(at, 0, strings.Fields(c)...); err != nil {
+				t.Fatalf("%s: %v\n%s", c, err, out)
+			}
+		}
+	}
+	callFilter(t, pair.Far, `iifname "link" meta l4proto { tcp, udp } th dport != 443 drop`)
+	o.run()
+	return o
+}
+
+// run starts the sidecar.
+func (o *captured) run() {
+	o.t.Helper()
+	o.sidecar = o.start(o.pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket)
+	runReady(o.t, o.socket)
+}
+
+// in runs a program in a namespace as a user.
+func (o *captured) in(at *netpair.Space, uid uint32, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(o.t.Context(), runPatience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid, NoSetGroups: true}}
+	cmd.Dir = "/"
+	var out []byte
+	err := at.Do(func() (err error) { out, err = cmd.CombinedOutput(); return err })
+	return string(out), err
+}
+
+// app runs a program as the captured user.
+func (o *captured) app(args ...string) (string, error) {
+	return o.in(o.pair.Near, captureUser, args...)
+}
+
+// capture is a command of culvert in the sidecar's namespace.
+func (o *captured) capture(uid uint32, args ...string) (string, error) {
+	return o.in(o.pair.Near, uid, append([]string{o.culvert, "capture"}, args...)...)
+}
+
+// web serves HTTP in the outside world, and returns its URL for each address.
+func (o *captured) web() (urls []string) {
+	o.t.Helper()
+	for _, host := range []string{outside4, outside6} {
+		var l net.Listener
+		if err := o.pair.Far.Do(func() (err error) { l, err = net.Listen("tcp", net.JoinHostPort(host, "0")); return err }); err != nil {
+			o.t.Fatal(err)
+		}
+		s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "the outside world") })}
+		done := make(chan struct{})
+		go func() { defer close(done); s.Serve(l) }()
+		o.t.Cleanup(func() { s.Close(); <-done })
+		urls = append(urls, "http://"+l.Addr().String()+"/")
+	}
+	return urls
+}
+
+// echoOutside answers datagrams in the outside world, and returns the port of each address.
+func (o *captured) echoOutside() (ports map[string]string) {
+	o.t.Helper()
+	ports = map[string]string{}
+	for _, host := range []string{outside4, outside6} {
+		var c net.PacketConn
+		if err := o.pair.Far.Do(func() (err error) { c, err = net.ListenPacket("udp", net.JoinHostPort(host, "0")); return err }); err != nil {
+			o.t.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			b := make([]byte, 1<<16)
+			for {
+				n, from, err := c.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				c.WriteTo(b[:n], from)
+			}
+		}()
+		o.t.Cleanup(func() { c.Close(); <-done })
+		_, ports[host], _ = net.SplitHostPort(c.LocalAddr().String())
+	}
+	return ports
+}
+
+// get fetches with curl, which knows of no proxy.
+func (o *captured) get(url string) (string, error) {
+	return o.app("curl", "-sS", "--max-time", "10", "--noproxy", "*", url)
+}
+
+func captureBuild(t *testing.T) (bin string) {
+	t.Helper()
+	netpair.New(t) // skips before anything is built
+	for _, tool := range []string{"nft", "curl", "nc", "ip"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatalf("CI=true says that nothing may be left out: %v", err)
+			}
+			t.Skip(err)
+		}
+	}
+	bin = t.TempDir()
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	for dir := bin; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
+		os.Chmod(dir, 0o755) // another user runs what is in it
+	}
+	return bin
+}
+
+// Apps that know of no proxy reach the outside world, and nothing but 443 leaves.
+func TestAnAppThatKnowsNoProxyIsCarried(t *testing.T) {
+	o := newCaptured(t, captureBuild(t), "capture: {}\n")
+	urls, ports := o.web(), o.echoOutside()
+	if out, err := o.in(o.pair.Near, captureUser, "curl", "-sS", "--max-time", "1", urls[0]); err == nil {
+		t.Fatalf("the outside world is reached without capture: %s", out)
+	}
+	if out, err := o.capture(0, "status", "--control", o.socket); err != nil || !strings.Contains(out, "Capture is off") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	user := fmt.Sprint(captureUser)
+	if out, err := o.capture(captureUser, "on", "--user", user, "--control", o.socket); err == nil || !strings.Contains(out, "not_permitted") && !strings.Contains(out, "permi") {
+		t.Errorf("somebody else turns it on: %v\n%s", err, out)
+	}
+	if out, err := o.capture(0, "on", "--user", user, "--control", o.socket); err != nil || !strings.Contains(out, "Capture is on") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+
+	w := o.pair.Watch(t, 443)
+	for _, url := range urls {
+		if out, err := o.get(url); err != nil || out != "the outside world" {
+			t.Errorf("%s: %v\n%s", url, err, out)
+		}
+	}
+	for host, port := range ports {
+		if out, err := o.app("sh", "-c", "printf hello | nc -u -w 2 -W 1 "+host+" "+port); err != nil || out != "hello" {
+			t.Errorf("UDP to %s: %v, %q", host, err, out)
+		}
+	}
+	// Others are not captured; root, as which the sidecar runs, neither.
+	if out, err := o.in(o.pair.Near, 0, "curl", "-sS", "--max-time", "1", urls[0]); err == nil {
+		t.Errorf("another user is captured: %s", out)
+	}
+	seen := w.Stop()
+	if seen.UDP == 0 {
+		t.Errorf("seen %+v", seen)
+	}
+	for what := range seen.Stray {
+		if !strings.Contains(what, outside4) || !strings.HasPrefix(what, "TCP") { // that of root
+			t.Errorf("the link saw %s", what)
+		}
+	}
+
+	out, err := o.capture(0, "status", "--control", o.socket)
+	for _, want := range []string{"Capture is on, to the sidecar at port 1443", "of user " + user, "the sidecar's own packets", "to this machine itself", "2 UDP sockets, 2 TCP connections"} {
+		if err != nil || !strings.Contains(out, want) {
+			t.Errorf("%v: %q is not in\n%s", err, want, out)
+		}
+	}
+	if n := len(strings.Split(out, "\n")); n > 24 {
+		t.Errorf("status is more than a screen:\n%s", out)
+	}
+
+	// Stopped means the same here: refused, and at once.
+	if out, err := o.in(o.pair.Near, 0, o.culvert, "stop", "--force", "--control", o.socket); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	began := time.Now()
+	if out, err := o.get(urls[0]); err == nil || !strings.Contains(out, "reset") {
+		t.Errorf("TCP while stopped: %v\n%s", err, out)
+	}
+	if out, err := o.app("sh", "-c", "printf hello | nc -u -w 5 "+outside4+" "+ports[outside4]); strings.Contains(out, "hello") {
+		t.Errorf("UDP while stopped: %v\n%s", err, out)
+	}
+	if d := time.Since(began); d > 4*time.Second {
+		t.Errorf("refusing took %v", d)
+	}
+	if s := o.status().Capture; s.Refused[string(tunnel.ProxyStopped)] < 2 || s.Unreachable == 0 {
+		t.Errorf("%+v", s)
+	}
+	if out, err := o.in(o.pair.Near, 0, o.culvert, "start", "--control", o.socket); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if out, err := o.get(urls[0]); err != nil || out != "the outside world" {
+		t.Errorf("started again: %v\n%s", err, out)
+	}
+
+	// The rules end with the sidecar.
+	o.sidecar.Process.Signal(syscall.SIGTERM)
+	o.sidecar.Wait()
+	if out, _ := o.in(o.pair.Near, 0, "nft", "list", "tables"); strings.Contains(out, "culvert") {
+		t.Errorf("after the end of the sidecar there is\n%s", out)
+	}
+}
+
+// What the configuration says is set at the start, and what a killed sidecar has
+// left is swept by the next.
+func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
+	o := newCaptured(t, captureBuild(t), fmt.Sprintf("capture: {users: %d, except: 198.18.0.0/15, dns: %s}\n", captureUser, outside4))
+	urls := o.web()
+	if out, err := o.get(urls[0]); err != nil || out != "the outside world" {
+		t.Errorf("%v\n%s", err, out)
+	}
+	tables := func() string {
+		out, _ := o.in(o.pair.Near, 0, "nft", "list", "tables")
+		return out
+	}
+	o.sidecar.Process.Kill()
+	o.sidecar.Wait()
+	if !strings.Contains(tables(), "culvert") {
+		t.Error("the rules of a killed sidecar are gone: this proves nothing")
+	}
+	began := time.Now()
+	if out, err := o.get(urls[0]); err == nil || !strings.Contains(out, "refused") && !strings.Contains(out, "connect") {
+		t.Errorf("captured without a sidecar: %v %s", err, out)
+	}
+	if d := time.Since(began); d > 4*time.Second {
+		t.Errorf("to be refused without a sidecar took %v", d)
+	}
+	// Another one, which captures nobody, sweeps.
+	if err := os.WriteFile(filepath.Join(o.dir, "culvert.yaml"), []byte(strings.Replace(o.read("culvert.yaml"), fmt.Sprintf("users: %d, ", captureUser), "", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o.run()
+	if list := tables(); strings.Contains(list, "culvert") {
+		t.Errorf("not swept: %s", list)
+	}
+	// Rules for an init container stay.
+	if out, err := o.capture(0, "on", "--user", fmt.Sprint(captureUser), "--without-sidecar"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	o.sidecar.Process.Signal(syscall.SIGTERM)
+	o.sidecar.Wait()
+	if list := tables(); !strings.Contains(list, "culvert") {
+		t.Errorf("lasting rules are gone: %s", list)
+	}
+	o.run()
+	if out, err := o.get(urls[1]); err != nil || out != "the outside world" {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if out, err := o.capture(0, "off"); err != nil || !strings.Contains(out, "Capture is off") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if out, err := o.capture(0, "off"); err != nil || !strings.Contains(out, "already off") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func (o *captured) read(file string) string {
+	o.t.Helper()
+	b, err := os.ReadFile(filepath.Join(o.dir, file))
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	return string(b)
+}
