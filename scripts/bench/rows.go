@@ -246,6 +246,20 @@ var rows = []row{
 		bars:     join(atLeast(audio, 95, modes...), atMost(own, 150, modes...)),
 	},
 	{
+		id: "captured", title: "captured against SOCKS, the app's own CPU included: 10 flows × 200 packets/s × 800 B", link: "delay=1ms",
+		load: []string{"paced", "-kind", "video=10x200x800", "-self"}, dur: 20 * time.Second,
+		subjects: []string{"direct", "culvert udp", "culvert captured"},
+		columns:  []column{cpu, onTime, median, p99},
+		bars:     join(atMostTimes(cpu, "culvert captured", 1.15, "culvert udp"), atLeast(onTime, 100, "culvert captured")),
+	},
+	{
+		id: "captured1000", title: "1,000 captured flows, 10,000 datagrams a second of 200 B", link: "delay=1ms",
+		load: []string{"paced", "-kind", "audio=1000x10x200", "-self"}, dur: 15 * time.Second,
+		subjects: []string{"direct", "culvert udp", "culvert captured"},
+		columns:  []column{onTime, cpu, median, p99},
+		bars:     atLeast(onTime, 100, "culvert captured"),
+	},
+	{
 		id: "bulkloss", title: "bulk down, one connection, 20 ms, loss 1 % each way", link: "delay=20ms loss=1",
 		load: []string{"bulk", "-warm", "3s"}, dur: 10 * time.Second,
 		subjects: everyone,

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -124,6 +125,8 @@ var subjects = map[string]subject{
 	"culvert udp":  culvert("udp"),
 	"culvert tcp":  culvert("tcp"),
 
+	"culvert captured": {name: "culvert captured", start: startCaptured, plain: (*scene).direct},
+
 	"hysteria": {name: "hysteria", needs: "hysteria", start: startHysteria},
 	"hy2":      {name: "hy2", needs: "sing-box", start: singBox(hy2In, hy2Out)},
 	"tuic":     {name: "tuic", needs: "sing-box", start: singBox(tuicIn, tuicOut)},
@@ -156,18 +159,47 @@ func startBareRelay(kind string) func(*scene) error {
 
 // culvert is this tree's programs with the configuration that init writes.
 func culvert(mode string) subject {
-	return subject{name: "culvert " + mode, start: func(s *scene) error {
-		conf := s.file("culvert")
-		if err := os.RemoveAll(conf); err != nil {
+	return subject{name: "culvert " + mode, start: func(s *scene) error { return s.culvert(mode, "") }}
+}
+
+// culvert starts both ends; more is added to the sidecar's configuration.
+func (s *scene) culvert(mode, more string) error {
+	conf := s.file("culvert")
+	if err := os.RemoveAll(conf); err != nil {
+		return err
+	}
+	if _, err := lab.Place("").Run(s.program("culvert-cloudproxy"), "init", "--host", s.tunnel(), "--dir", conf, "--allow", "127.0.0.0/8", "--allow", lab.FarAddr+"/32"); err != nil {
+		return err
+	}
+	if err := s.serve(s.far, "cloudproxy", s.program("culvert-cloudproxy"), "run", "-c", filepath.Join(conf, "cloudproxy.yaml")); err != nil {
+		return err
+	}
+	sidecar := filepath.Join(conf, "culvert.yaml")
+	if more != "" {
+		b, err := os.ReadFile(sidecar)
+		if err == nil {
+			err = os.WriteFile(sidecar, append(b, more...), 0o600)
+		}
+		if err != nil {
 			return err
 		}
-		if _, err := lab.Place("").Run(s.program("culvert-cloudproxy"), "init", "--host", s.tunnel(), "--dir", conf, "--allow", "127.0.0.0/8"); err != nil {
-			return err
-		}
-		if err := s.serve(s.far, "cloudproxy", s.program("culvert-cloudproxy"), "run", "-c", filepath.Join(conf, "cloudproxy.yaml")); err != nil {
-			return err
-		}
-		return s.serve(s.near, "sidecar", s.program("culvert"), "run", "-c", filepath.Join(conf, "culvert.yaml"),
-			"--listen", s.socks(), "--mode", mode, "--control", s.file("control.sock"))
-	}}
+	}
+	return s.serve(s.near, "sidecar", s.program("culvert"), "run", "-c", sidecar,
+		"--listen", s.socks(), "--mode", mode, "--control", s.file("control.sock"))
+}
+
+// startCaptured captures all of the near place, which must be a namespace: the
+// load goes straight to the far end and is taken on its way.
+func startCaptured(s *scene) error {
+	if s.near == "" {
+		return errors.New("this machine's own traffic would be captured; it needs a link")
+	}
+	if err := s.culvert("udp", "\ncapture: {}\n"); err != nil {
+		return err
+	}
+	if err := s.settle(); err != nil { // by SOCKS, so that the tunnel is up
+		return err
+	}
+	_, err := s.near.Run(s.program("culvert"), "capture", "on", "--all", "--control", s.file("control.sock"))
+	return err
 }

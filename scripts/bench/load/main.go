@@ -125,6 +125,7 @@ func main() {
 		return err
 	})
 	fs.Func("pids", "processes whose cost to report, separated by commas", func(s string) (err error) { o.pids, err = parsePids(s); return err })
+	self := fs.Bool("self", false, "count this program's own cost to that of -pids: what the kernel does on the way of captured traffic is done in its name")
 	fs.IntVar(&o.flows, "flows", 1, "closed, idle: associations; bulk: connections")
 	fs.IntVar(&o.size, "size", 1000, "closed, idle, first: bytes of a packet")
 	fs.IntVar(&o.window, "window", 64, "closed: packets under way on each flow")
@@ -137,6 +138,9 @@ func main() {
 	fs.DurationVar(&o.budget, "budget", 100*time.Millisecond, "paced: one-way delay past which a packet is late")
 	fs.BoolVar(&o.series, "series", false, "paced: delays over time as well")
 	fs.Parse(os.Args[2:])
+	if *self {
+		o.pids = append(o.pids, os.Getpid())
+	}
 	if mode == "serve" {
 		log.Fatal(serve(strings.Split(*addr, ",")))
 	}
