@@ -118,7 +118,7 @@ func startXray(s *scene) error {
 
 func xrayConfigs(s *scene, pin string) (server, client string) {
 	server = fmt.Sprintf(`{"log": {"loglevel": "warning"}, "inbounds": [{"port": %d, "protocol": "vless", "settings": {"clients": [{"id": %q}], "decryption": "none"},
-"streamSettings": {"network": "tcp", "security": "tls", "tlsSettings": {"certificates": [{"certificateFile": %q, "keyFile": %q}]}}}], "outbounds": [{"protocol": "freedom"}]}`,
+"streamSettings": {"network": "tcp", "security": "tls", "tlsSettings": {"certificates": [{"certificateFile": %q, "keyFile": %q}]}}}], "outbounds": [{"protocol": "freedom", "settings": {"finalRules": [{"action": "allow"}]}}]}`,
 		tunnelPort, peerSecret, s.file("cert.pem"), s.file("key.pem"))
 	client = fmt.Sprintf(`{"log": {"loglevel": "warning"}, "inbounds": [{"listen": "127.0.0.1", "port": %d, "protocol": "socks", "settings": {"udp": true}}],
 "outbounds": [{"protocol": "vless", "settings": {"vnext": [{"address": %q, "port": %d, "users": [{"id": %q, "encryption": "none"}]}]},
