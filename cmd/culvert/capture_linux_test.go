@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"culvert/cmd/internal/cmdtest"
 	"culvert/cmd/internal/netpair"
 	"culvert/tunnel"
 )
@@ -39,8 +42,12 @@ func newCaptured(t *testing.T, bin, config string) *captured {
 	o := &captured{only443: newOnly443On(t, bin, pair, func(dir string) {
 		for file, more := range map[string]string{"cloudproxy.yaml": "", "culvert.yaml": "\n" + config} {
 			b, err := os.ReadFile(filepath.Join(dir, file))
+			allowed := "127.0.0.0/8, 203.0.113.0/24, 2001:db8:113::/48"
+			if more != "" { // the cloud proxy itself, but not by the tunnel
+				allowed += ", " + netpair.FarAddr.String() + "/32"
+			}
 			if err == nil {
-				err = os.WriteFile(filepath.Join(dir, file), []byte(strings.ReplaceAll(string(b), "127.0.0.0/8", "127.0.0.0/8, 203.0.113.0/24, 2001:db8:113::/48")+more), 0o600)
+				err = os.WriteFile(filepath.Join(dir, file), []byte(strings.ReplaceAll(string(b), "127.0.0.0/8", allowed)+more), 0o600)
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -219,7 +226,7 @@ func TestAnAppThatKnowsNoProxyIsCarried(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	began := time.Now()
-	if out, err := o.get(urls[0]); err == nil || !strings.Contains(out, "reset") {
+	if out, err := o.get(urls[0]); err == nil || !strings.Contains(out, "reset") && !strings.Contains(out, "connect to") {
 		t.Errorf("TCP while stopped: %v\n%s", err, out)
 	}
 	if out, err := o.app("sh", "-c", "printf hello | nc -u -w 5 "+outside4+" "+ports[outside4]); strings.Contains(out, "hello") {
@@ -296,6 +303,67 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	}
 	if out, err := o.capture(0, "off"); err != nil || !strings.Contains(out, "already off") {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// As in a pod: the rules are there first, for all but the sidecar's user, who has
+// one capability. Stopped, captured traffic goes its own way, as configured.
+func TestTheSidecarOfAPodNeedsOneCapability(t *testing.T) {
+	const sidecarUser = 1337
+	bin := captureBuild(t)
+	o := newCaptured(t, bin, "capture: {}\nwhen_stopped: direct\n")
+	urls, ports := o.web(), o.echoOutside()
+	o.sidecar.Process.Signal(syscall.SIGTERM)
+	o.sidecar.Wait()
+	if out, err := o.capture(0, "on", "--all", "--without-sidecar", "--sidecar-user", fmt.Sprint(sidecarUser)); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if out, err := o.in(o.pair.Near, 0, "sh", "-c", "chown -R 1337 "+o.dir+" && chmod o+x "+o.dir+" "+filepath.Dir(o.dir)+" && chmod 777 "+filepath.Dir(o.socket)); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	cmd := exec.Command(o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket)
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Credential:  &syscall.Credential{Uid: sidecarUser, Gid: sidecarUser, NoSetGroups: true},
+		AmbientCaps: []uintptr{unix.CAP_NET_RAW},
+	}
+	log := &cmdtest.Text{}
+	cmd.Stdout, cmd.Stderr = log, log
+	o.pair.Near.Start(t, cmd)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(log)
+		}
+	})
+	runReady(t, o.socket)
+	for _, url := range urls {
+		if out, err := o.get(url); err != nil || out != "the outside world" {
+			t.Errorf("%v\n%s", err, out)
+		}
+	}
+	// Root is captured as well; the sidecar, of which all depends, is not.
+	if out, err := o.in(o.pair.Near, 0, "sh", "-c", "printf hello | nc -u -w 2 -W 1 "+outside4+" "+ports[outside4]); err != nil || out != "hello" {
+		t.Errorf("UDP of root: %v, %q", err, out)
+	}
+	if s := o.status(); s.Capture.Streams < 2 || s.Capture.Associations < 1 || s.Link.Phase != tunnel.LinkUp {
+		t.Errorf("%+v", s.Capture)
+	}
+	// The cloud proxy itself can be reached directly, and does not speak HTTP.
+	direct := "http://" + netpair.FarAddr.String() + ":443/"
+	o.get(direct)
+	before := o.status().Capture
+	if before.Refused[string(tunnel.PolicyDenied)] != 1 {
+		t.Errorf("the tunnel carries to the cloud proxy itself: %+v", before)
+	}
+	if out, err := o.in(o.pair.Near, 0, o.culvert, "stop", "--force", "--control", o.socket); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	w := o.pair.Watch(t, 80) // 443 is what is looked for
+	out, _ := o.get(direct)
+	if seen := w.Stop(); len(seen.Stray) == 0 {
+		t.Errorf("stopped, nothing goes its own way: %s", out)
+	}
+	if after := o.status().Capture; len(after.Refused) != 1 || after.Refused[string(tunnel.PolicyDenied)] != 1 || after.Streams != before.Streams+1 {
+		t.Errorf("stopped, it does not go its own way: %+v, %s", after, out)
 	}
 }
 
