@@ -66,6 +66,12 @@ func ctMarked(bit uint32) part {
 	return withBit("ct mark", &expr.Ct{Key: expr.CtKeyMARK, Register: 1}, bit)
 }
 
+// ctUnmarked is a connection without the bit.
+func ctUnmarked(bit uint32) part {
+	return is(fmt.Sprintf("ct mark & 0x%08x == 0x00000000", bit), &expr.Ct{Key: expr.CtKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host(bit), Xor: host(0)}, equal(host(0)))
+}
+
 func setMark(bit uint32) part {
 	return plusBit("meta mark", &expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1}, bit)
 }

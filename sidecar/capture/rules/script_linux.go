@@ -55,6 +55,10 @@ func (r Rules) script() []rule {
 
 	// A TCP connection is decided on once, at its first packet.
 	add("output", "", l4("tcp"), ctDirection("original"), ctMarked(Mark), setMark(Mark), verdict("accept"))
+	// What the sidecar hands to an app can be the first that the kernel sees of a
+	// conversation, as when a peer speaks first from another port. The app's answer
+	// is then not an answer to what came from outside.
+	add("output", "", l4("udp"), marked(OwnMark), setCTMark(OwnMark))
 	add("output", "", l4("tcp"), verdict("jump skip"))
 	add("output", "", l4("udp"), verdict("jump skip"))
 
@@ -62,7 +66,7 @@ func (r Rules) script() []rule {
 	for _, u := range r.Sidecars {
 		add("skip", "the sidecar's user "+u.String(), userIs(u.UID), verdict("return"))
 	}
-	add("skip", "answers to what came from outside", ctDirection("reply"), verdict("return"))
+	add("skip", "answers to what came from outside", ctDirection("reply"), ctUnmarked(OwnMark), verdict("return"))
 	if r.DNS {
 		add("skip", "", port(53, 53), verdict("jump who"))
 	}
