@@ -581,6 +581,38 @@ func TestOwnPacketsAndAnswersAreLeftAlone(t *testing.T) {
 	}
 }
 
+// What can not be brought to the sidecar does not leave beside it.
+func TestWhatIsMarkedLeavesNowhereElse(t *testing.T) {
+	p := newPlace(t, nil)
+	for _, c := range []struct{ name, local, to string }{
+		{"IPv4", "198.18.0.1:0", "203.0.113.9:3478"},
+		{"IPv6", "[fd00:18::1]:0", "[2001:db8::9]:3478"},
+	} {
+		bound := p.udp(c.local, "")
+		raw, _ := bound.SyscallConn()
+		raw.Control(func(fd uintptr) {
+			if err := unix.BindToDevice(int(fd), "v0"); err != nil {
+				t.Error(err)
+			}
+		})
+		if _, err := bound.WriteTo([]byte("x"), udpAddr(c.to)); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s, from a socket that is bound to a device: %v", c.name, err)
+		}
+	}
+	p.sh(fmt.Sprintf("ip -4 rule del priority %d; ip -6 rule del priority %[1]d", rules.RouteTable))
+	for _, c := range []struct{ name, local, to string }{
+		{"IPv4", "198.18.0.1:0", "203.0.113.9:3478"},
+		{"IPv6", "[fd00:18::1]:0", "[2001:db8::9]:3478"},
+	} {
+		if _, err := p.udp(c.local, "").WriteTo([]byte("x"), udpAddr(c.to)); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s, without the routing rule: %v", c.name, err)
+		}
+	}
+	if s := p.c.Stats(); s.Associations != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
 func TestAConnectionThatWasOpenBeforeStays(t *testing.T) {
 	p := newPlace(t, nil)
 	p.do(func() { rules.Off() })

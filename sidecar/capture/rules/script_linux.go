@@ -19,6 +19,7 @@ import (
 var chains = []chain{
 	{name: "prerouting", base: "type filter hook prerouting priority mangle; policy accept;"},
 	{name: "output", base: "type route hook output priority mangle; policy accept;"},
+	{name: "postrouting", base: "type filter hook postrouting priority mangle; policy accept;"},
 	{name: "skip"}, {name: "where"}, {name: "who"}, {name: "take"},
 }
 
@@ -116,6 +117,10 @@ func (r Rules) script() []rule {
 	add("take", "connections that were open before", l4("tcp"), notSYN(), verdict("return"))
 	add("take", "", l4("tcp"), setCTMark(Mark))
 	add("take", "", setMark(Mark), verdict("accept"))
+
+	// A socket may insist on a device, and other programs may remove our routing
+	// rule: rather nothing than beside the tunnel.
+	add("postrouting", "dropped: bound to a device, and so not to be captured", marked(Mark), notLoopback(), ofThisMachine(), verdict("drop"))
 	all[0].comment = r.about()
 	return all
 }
