@@ -84,7 +84,7 @@ var libraries = []struct {
 	{path: "github.com/quic-go/quic-go", by: []string{"tunnel/tunnelquic"}},
 	{path: "github.com/hashicorp/yamux", by: []string{"tunnel/tunneltls"}},
 	{path: "github.com/armon/go-socks5", by: []string{"sidecar"}},
-	{path: "github.com/pion", by: []string{"cmd/culvert-demo"}, testsToo: true},
+	{path: "github.com/pion", by: []string{"cmd/culvert-demo", "cmd/internal/webcall"}, testsToo: true},
 	{path: "github.com/urfave/cli", by: []string{"cmd/..."}},
 	{path: "github.com/coreos/go-systemd", by: []string{"cmd/..."}},
 	{path: "github.com/google/nftables", by: []string{"sidecar/capture/rules"}},

@@ -36,6 +36,9 @@ const (
 	outside6 = "2001:db8:113::9"
 )
 
+// captureFirewall stands behind the link, so that the link shows what it stops.
+const captureFirewall = `iifname "link" meta l4proto { tcp, udp } th dport != 443 drop`
+
 func newCaptured(t *testing.T, bin, config string) *captured {
 	t.Helper()
 	pair := netpair.New(t)
@@ -64,7 +67,7 @@ func newCaptured(t *testing.T, bin, config string) *captured {
 			}
 		}
 	}
-	callFilter(t, pair.Far, `iifname "link" meta l4proto { tcp, udp } th dport != 443 drop`)
+	callFilter(t, pair.Far, captureFirewall)
 	o.run()
 	return o
 }

@@ -72,7 +72,7 @@ func newPlace(t *testing.T, change func(*Config, *rules.Rules)) *place {
 	cfg := Config{Next: p.next}
 	p.do(func() {
 		var err error
-		if cfg.Sockets, err = Listen(DefaultPort); err != nil {
+		if cfg.Sockets, err = Listen(DefaultPort, rules.OwnMark); err != nil {
 			t.Error(err)
 			return
 		}
@@ -326,6 +326,11 @@ func TestASocketIsOneAssociationWhateverItSendsTo(t *testing.T) {
 			if n, from, err := app.ReadFromUDPAddrPort(b); err != nil || string(b[:n]) != "hello" || from.String() != c.third {
 				t.Errorf("%q from %v, %v", b[:n], from, err)
 			}
+			// The app's answer goes the same way: nothing came from outside.
+			if _, err := app.WriteTo([]byte("hello too"), udpAddr(c.third)); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the answer is captured", func() bool { return len(a.targets()) == 3 })
 			if server, network, ok := p.c.Server(a.by.Addr); !ok || network != "udp" || server.String() != c.one {
 				t.Errorf("its server is %v %v %v", server, network, ok)
 			}
@@ -494,7 +499,7 @@ func TestTrafficToThePortItselfIsRefused(t *testing.T) {
 func TestASecondSidecarIsTold(t *testing.T) {
 	p := newPlace(t, nil)
 	p.do(func() {
-		s, err := Listen(DefaultPort)
+		s, err := Listen(DefaultPort, rules.OwnMark)
 		if tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), "127.0.0.1:1443") {
 			t.Errorf("%v", err)
 		}
@@ -573,6 +578,38 @@ func TestOwnPacketsAndAnswersAreLeftAlone(t *testing.T) {
 	}
 	if s := p.c.Stats(); s.Associations != 0 {
 		t.Errorf("captured: %+v", s)
+	}
+}
+
+// What can not be brought to the sidecar does not leave beside it.
+func TestWhatIsMarkedLeavesNowhereElse(t *testing.T) {
+	p := newPlace(t, nil)
+	for _, c := range []struct{ name, local, to string }{
+		{"IPv4", "198.18.0.1:0", "203.0.113.9:3478"},
+		{"IPv6", "[fd00:18::1]:0", "[2001:db8::9]:3478"},
+	} {
+		bound := p.udp(c.local, "")
+		raw, _ := bound.SyscallConn()
+		raw.Control(func(fd uintptr) {
+			if err := unix.BindToDevice(int(fd), "v0"); err != nil {
+				t.Error(err)
+			}
+		})
+		if _, err := bound.WriteTo([]byte("x"), udpAddr(c.to)); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s, from a socket that is bound to a device: %v", c.name, err)
+		}
+	}
+	p.sh(fmt.Sprintf("ip -4 rule del priority %d; ip -6 rule del priority %[1]d", rules.RouteTable))
+	for _, c := range []struct{ name, local, to string }{
+		{"IPv4", "198.18.0.1:0", "203.0.113.9:3478"},
+		{"IPv6", "[fd00:18::1]:0", "[2001:db8::9]:3478"},
+	} {
+		if _, err := p.udp(c.local, "").WriteTo([]byte("x"), udpAddr(c.to)); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s, without the routing rule: %v", c.name, err)
+		}
+	}
+	if s := p.c.Stats(); s.Associations != 0 {
+		t.Errorf("%+v", s)
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 type Sockets struct{}
 
 // Listen is for Linux.
-func Listen(uint16) (*Sockets, error) {
+func Listen(uint16, uint32) (*Sockets, error) {
 	return nil, tunnel.Errorf(tunnel.Unsupported, "capturing traffic needs Linux; leave 'capture' out of the configuration and set the app's proxy instead")
 }
 
@@ -29,7 +29,7 @@ type Capture struct{}
 
 // New is for Linux.
 func New(Config) (*Capture, error) {
-	_, err := Listen(0)
+	_, err := Listen(0, 0)
 	return nil, err
 }
 

@@ -1,7 +1,7 @@
 // Package capture takes the traffic that the kernel hands to a sidecar by
 // TPROXY: the apps it comes from know nothing of a proxy.
 //
-//	sockets, err := capture.Listen(capture.DefaultPort)
+//	sockets, err := capture.Listen(capture.DefaultPort, rules.OwnMark)
 //	c, err := capture.New(capture.Config{Sockets: sockets, Next: opener})
 //	err = c.Run(ctx)
 //

@@ -42,9 +42,10 @@ type Sockets struct {
 }
 
 // Listen opens the sockets on 127.0.0.1 and ::1, where the system has it. Port 0
-// is any. The error's code is NotPermitted without CAP_NET_RAW, and ConfigInvalid
-// where the port is taken.
-func Listen(port uint16) (_ *Sockets, err error) {
+// is any. What they send has the mark, as of Protect: by it the rules know what
+// an app hears from us. The error's code is NotPermitted without CAP_NET_RAW, and
+// ConfigInvalid where the port is taken.
+func Listen(port uint16, mark uint32) (_ *Sockets, err error) {
 	s := &Sockets{port: port}
 	defer func() {
 		if err != nil {
@@ -57,7 +58,7 @@ func Listen(port uint16) (_ *Sockets, err error) {
 	for i, a := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
 		err := s.listen(a)
 		if err == nil {
-			s.out[i], err = s.rawSocket(a)
+			s.out[i], err = s.rawSocket(a, mark)
 		}
 		switch {
 		case err == nil:
@@ -116,12 +117,12 @@ func (s *Sockets) listen(a netip.Addr) error {
 }
 
 // rawSocket is one that sends packets with any source.
-func (s *Sockets) rawSocket(a netip.Addr) (*netio.Sender, error) {
+func (s *Sockets) rawSocket(a netip.Addr, mark uint32) (*netio.Sender, error) {
 	network, any := "ip4:255", "0.0.0.0" // IPPROTO_RAW: it receives nothing
 	if a.Is6() {
 		network, any = "ip6:255", "::"
 	}
-	c, err := net.ListenPacket(network, any)
+	c, err := (&net.ListenConfig{Control: Protect(mark)}).ListenPacket(context.Background(), network, any)
 	if err != nil {
 		return nil, err
 	}

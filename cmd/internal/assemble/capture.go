@@ -44,7 +44,7 @@ func (p protection) dialer() *net.Dialer {
 // newCapture makes what takes captured traffic, and the rules that the
 // configuration asks for.
 func (s *Sidecar) newCapture(c *config.Sidecar) error {
-	sockets, err := capture.Listen(uint16(c.Capture.Port))
+	sockets, err := capture.Listen(uint16(c.Capture.Port), rules.OwnMark)
 	if err != nil {
 		return err
 	}

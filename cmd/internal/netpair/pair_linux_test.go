@@ -3,6 +3,7 @@ package netpair_test
 import (
 	"net"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,6 +53,21 @@ func TestAWatchTellsWhatIsExpectedFromWhatIsNot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Who joins a group says so to the network, by IGMP.
+	err = p.Near.Do(func() error {
+		on, err := net.InterfaceByName("link")
+		if err != nil {
+			return err
+		}
+		c, err := net.ListenMulticastUDP("udp4", on, net.UDPAddrFromAddrPort(netip.MustParseAddrPort("224.0.0.251:5353")))
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	s := w.Stop()
 	if s.UDP != 1 || s.TCP < 2 || s.Link == 0 {
 		t.Errorf("seen %+v, want 1 UDP, a SYN and its refusal, and ARP", s)
@@ -59,6 +75,43 @@ func TestAWatchTellsWhatIsExpectedFromWhatIsNot(t *testing.T) {
 	// UDP to port 53 and to another address, a SYN and its refusal.
 	if len(s.Stray) != 4 {
 		t.Errorf("stray packets %v, want 4 kinds", s.Stray)
+	}
+}
+
+func TestAWatchEndsWhilePacketsPass(t *testing.T) {
+	p := netpair.New(t)
+	var c net.Conn
+	err := p.Near.Do(func() (err error) {
+		c, err = net.Dial("udp4", netip.AddrPortFrom(netpair.FarAddr, 443).String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sending sync.WaitGroup
+	end := make(chan struct{})
+	sending.Go(func() {
+		for tick := time.Tick(5 * time.Millisecond); ; {
+			select {
+			case <-end:
+				return
+			case <-tick:
+				c.Write(make([]byte, 100)) // fails when the one before was refused
+			}
+		}
+	})
+	defer func() { close(end); sending.Wait(); c.Close() }()
+	w := p.Watch(t, 443)
+	time.Sleep(100 * time.Millisecond) // is how long it watches
+	ended := make(chan netpair.Seen)
+	go func() { ended <- w.Stop() }()
+	select {
+	case s := <-ended:
+		if s.UDP == 0 {
+			t.Errorf("seen %+v, want UDP", s)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("in vain: the capture ends")
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 // Seen is what passed between the two ends.
 type Seen struct {
 	UDP, TCP int            // packets to and from the watched port of Far
-	Link     int            // ARP and ICMP, which keep a link working
+	Link     int            // ARP, ICMP and IGMP, which keep a link working
 	Stray    map[string]int // all others, by what they are
 }
 
@@ -74,11 +74,16 @@ func (w *Watch) open() (err error) {
 	return err
 }
 
-// read reads until the end is wanted and nothing is left to read.
+// read reads until the end is wanted and nothing is left to read. From then on it
+// does not wait: what passes may never pause for as long as a read waits.
 func (w *Watch) read() {
 	var b [snap]byte
 	for {
-		n, _, err := unix.Recvfrom(w.fd, b[:], 0)
+		flags := 0
+		if w.end.Load() {
+			flags = unix.MSG_DONTWAIT
+		}
+		n, _, err := unix.Recvfrom(w.fd, b[:], flags)
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case errors.Is(err, unix.EAGAIN):
@@ -139,7 +144,8 @@ func (s *Seen) add(frame []byte, port uint16) {
 		}
 	}
 	switch {
-	case protocol == unix.IPPROTO_ICMP || protocol == unix.IPPROTO_ICMPV6:
+	// IGMP (RFC 3376) is for IPv4 what some of ICMPv6 is for IPv6.
+	case protocol == unix.IPPROTO_ICMP || protocol == unix.IPPROTO_ICMPV6 || protocol == unix.IPPROTO_IGMP:
 		s.Link++
 		return
 	case (protocol == unix.IPPROTO_UDP || protocol == unix.IPPROTO_TCP) && len(segment) >= 4:

@@ -46,6 +46,16 @@ func onLoopback() part {
 	return is(`iif "lo"`, &expr.Meta{Key: expr.MetaKeyIIF, Register: 1}, equal(host(1))) // lo is 1 in every namespace
 }
 
+func notLoopback() part {
+	return is(`oif != "lo"`, &expr.Meta{Key: expr.MetaKeyOIF, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: host(1)})
+}
+
+// ofThisMachine is a packet of a socket here: one that is passed on has no user.
+func ofThisMachine() part {
+	const nobody = 1<<32 - 1
+	return is("meta skuid != "+number(uint32(nobody)), &expr.Meta{Key: expr.MetaKeySKUID, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: host(nobody)})
+}
+
 // withBit is register 1, loaded by load, with a bit set.
 func withBit(text string, load expr.Any, bit uint32) part {
 	return is(fmt.Sprintf("%s & 0x%08x == 0x%08x", text, bit, bit), load,
@@ -64,6 +74,12 @@ func marked(bit uint32) part {
 
 func ctMarked(bit uint32) part {
 	return withBit("ct mark", &expr.Ct{Key: expr.CtKeyMARK, Register: 1}, bit)
+}
+
+// ctUnmarked is a connection without the bit.
+func ctUnmarked(bit uint32) part {
+	return is(fmt.Sprintf("ct mark & 0x%08x == 0x00000000", bit), &expr.Ct{Key: expr.CtKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host(bit), Xor: host(0)}, equal(host(0)))
 }
 
 func setMark(bit uint32) part {

@@ -78,6 +78,8 @@ func baseOf(name string, t *nftables.Table) *nftables.Chain {
 	switch name {
 	case "prerouting":
 		c.Type, c.Hooknum, c.Priority, c.Policy = nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityMangle, &accept
+	case "postrouting":
+		c.Type, c.Hooknum, c.Priority, c.Policy = nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityMangle, &accept
 	case "output":
 		c.Type, c.Hooknum, c.Priority, c.Policy = nftables.ChainTypeRoute, nftables.ChainHookOutput, nftables.ChainPriorityMangle, &accept
 	}
@@ -161,7 +163,7 @@ func Read() (State, error) {
 		return State{}, nil
 	}
 	s := State{On: true}
-	for n, name := range []string{"prerouting", "skip", "who", "take"} {
+	for n, name := range []string{"prerouting", "skip", "who", "take", "postrouting"} {
 		list, err := c.GetRules(tables[i], &nftables.Chain{Name: name, Table: tables[i]})
 		if errors.Is(err, unix.ENOENT) {
 			continue // a table that has our name and not our chains
@@ -178,7 +180,7 @@ func Read() (State, error) {
 			if comment == "" {
 				continue
 			}
-			l := Line{Text: comment, Captures: name == "who"}
+			l := Line{Text: comment, Captures: name == "who" || name == "postrouting"}
 			for _, e := range r.Exprs {
 				if count, ok := e.(*expr.Counter); ok {
 					l.Packets = count.Packets

@@ -167,7 +167,7 @@ func TestStateSaysWhatIsCaptured(t *testing.T) {
 				left = append(left, l.Text)
 			}
 		}
-		if got := strings.Join(captured, "; "); got != "of user alice (1000); of user 70000" {
+		if got := strings.Join(captured, "; "); got != "of user alice (1000); of user 70000; dropped: bound to a device, and so not to be captured" {
 			t.Errorf("captured: %s", got)
 		}
 		for _, want := range []string{"the sidecar's own packets", "the sidecar's user culvert (990)", "to this machine itself", "excepted: to 192.168.4.128/27", "connections that were open before"} {

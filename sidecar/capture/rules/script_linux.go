@@ -19,6 +19,7 @@ import (
 var chains = []chain{
 	{name: "prerouting", base: "type filter hook prerouting priority mangle; policy accept;"},
 	{name: "output", base: "type route hook output priority mangle; policy accept;"},
+	{name: "postrouting", base: "type filter hook postrouting priority mangle; policy accept;"},
 	{name: "skip"}, {name: "where"}, {name: "who"}, {name: "take"},
 }
 
@@ -55,6 +56,10 @@ func (r Rules) script() []rule {
 
 	// A TCP connection is decided on once, at its first packet.
 	add("output", "", l4("tcp"), ctDirection("original"), ctMarked(Mark), setMark(Mark), verdict("accept"))
+	// What the sidecar hands to an app can be the first that the kernel sees of a
+	// conversation, as when a peer speaks first from another port. The app's answer
+	// is then not an answer to what came from outside.
+	add("output", "", l4("udp"), marked(OwnMark), setCTMark(OwnMark))
 	add("output", "", l4("tcp"), verdict("jump skip"))
 	add("output", "", l4("udp"), verdict("jump skip"))
 
@@ -62,7 +67,7 @@ func (r Rules) script() []rule {
 	for _, u := range r.Sidecars {
 		add("skip", "the sidecar's user "+u.String(), userIs(u.UID), verdict("return"))
 	}
-	add("skip", "answers to what came from outside", ctDirection("reply"), verdict("return"))
+	add("skip", "answers to what came from outside", ctDirection("reply"), ctUnmarked(OwnMark), verdict("return"))
 	if r.DNS {
 		add("skip", "", port(53, 53), verdict("jump who"))
 	}
@@ -112,6 +117,10 @@ func (r Rules) script() []rule {
 	add("take", "connections that were open before", l4("tcp"), notSYN(), verdict("return"))
 	add("take", "", l4("tcp"), setCTMark(Mark))
 	add("take", "", setMark(Mark), verdict("accept"))
+
+	// A socket may insist on a device, and other programs may remove our routing
+	// rule: rather nothing than beside the tunnel.
+	add("postrouting", "dropped: bound to a device, and so not to be captured", marked(Mark), notLoopback(), ofThisMachine(), verdict("drop"))
 	all[0].comment = r.about()
 	return all
 }
