@@ -33,6 +33,7 @@ type Capture struct {
 	sockets *Sockets
 	poller  netio.Poller
 	limited rate.Sometimes // lines about refusals
+	fresh   *rate.Limiter  // new sources
 
 	tick        atomic.Int64 // tickTimes since the start
 	drops       [dropKinds]atomic.Uint64
@@ -68,7 +69,7 @@ func New(cfg Config) (*Capture, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	c := &Capture{
-		cfg: cfg, log: cfg.Log, sockets: cfg.Sockets, limited: rate.Sometimes{First: 10, Interval: time.Second},
+		cfg: cfg, log: cfg.Log, sockets: cfg.Sockets, limited: rate.Sometimes{First: 10, Interval: time.Second}, fresh: rate.NewLimiter(newSources, 2*newSources),
 		sources: map[netip.AddrPort]*source{}, streams: map[*stream]struct{}{}, refused: map[string]uint64{},
 	}
 	c.poller.MaxAge = cfg.MaxAge

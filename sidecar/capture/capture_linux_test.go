@@ -675,6 +675,23 @@ func TestAFloodOfSourcesEndsThoseThatNeverHadAnAnswer(t *testing.T) {
 	eventually(t, "what was evicted is closed", func() bool { return p.next.open() == p.c.Stats().Relays })
 }
 
+func TestAFloodOfSourcesLeavesRoomForOthers(t *testing.T) {
+	p := newPlace(t, nil)
+	p.next.set(func(f *far) { f.mute = true })
+	r := &reader{c: p.c}
+	to := netip.MustParseAddrPort("203.0.113.9:9")
+	began := time.Now()
+	const sent = 6 * newSources
+	for i := range sent {
+		r.TakeFor([]byte("flood"), netip.AddrPortFrom(netip.MustParseAddr("198.18.0.1"), uint16(1000+i)), to)
+	}
+	r.Flush()
+	s, most := p.c.Stats(), 2*newSources+int(time.Since(began).Seconds()*newSources)+1
+	if int(s.Associations) > most || int(s.Associations+s.Refused["limit_exceeded"]) != sent {
+		t.Errorf("%d of %d were taken, at most %d may be: %+v", s.Associations, sent, most, s)
+	}
+}
+
 func TestAnIdleSocketsAssociationEnds(t *testing.T) {
 	p := newPlace(t, nil)
 	idle, busy := p.udp("198.18.0.1:0", "203.0.113.9:3478"), p.udp("198.18.0.1:0", "203.0.113.9:3478")

@@ -14,6 +14,10 @@ const DefaultPort = 1443
 const (
 	defaultIdle = 2 * time.Minute
 	defaultMost = 4096
+	// newSources is how many new local UDP sockets are taken in a second, with a
+	// burst of twice as many: half of what a session may open, so that a flood of
+	// them leaves room for others.
+	newSources = 500
 )
 
 // Config is what a Capture is made of.

@@ -104,6 +104,11 @@ func (c *Capture) source(app, to netip.AddrPort) *source {
 		c.mu.Unlock()
 		return s
 	}
+	if !c.fresh.Allow() {
+		c.mu.Unlock()
+		c.refuse(app, to, tunnel.Errorf(tunnel.LimitExceeded, "more than %d new UDP sockets a second are captured", newSources))
+		return nil
+	}
 	var gone []*source
 	if len(c.sources) >= c.cfg.MaxSources {
 		gone = c.evictLocked()
@@ -122,8 +127,7 @@ func (c *Capture) source(app, to netip.AddrPort) *source {
 	if err != nil {
 		c.forget(s)
 		c.wg.Done()
-		c.failed("UDP", app, to, err)
-		c.tellUnreachable(app, to, reasonOf(err))
+		c.refuse(app, to, err)
 		return nil
 	}
 	s.out.Store(&out)
@@ -135,6 +139,12 @@ func (c *Capture) source(app, to netip.AddrPort) *source {
 		return nil
 	}
 	return s
+}
+
+// refuse refuses an association.
+func (c *Capture) refuse(app, to netip.AddrPort, err error) {
+	c.failed("UDP", app, to, err)
+	c.tellUnreachable(app, to, reasonOf(err))
 }
 
 // evictLocked makes room: a sixteenth of all, so that a flood of new sources does
