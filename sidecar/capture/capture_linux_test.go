@@ -613,6 +613,36 @@ func TestWhatIsMarkedLeavesNowhereElse(t *testing.T) {
 	}
 }
 
+// The kernel answers what comes for a socket that is gone, and quotes it. The
+// answer must not leave: it is in clear.
+func TestWhatComesForAnAppThatHasGoneIsNotAnswered(t *testing.T) {
+	p := newPlace(t, nil)
+	p.sh(`nft add table inet seen; nft 'add chain inet seen out { type filter hook postrouting priority 0; }'
+		nft 'add rule inet seen out icmp type destination-unreachable counter'
+		nft 'add rule inet seen out icmpv6 type destination-unreachable counter'`)
+	b := make([]byte, 100)
+	for _, c := range []struct{ local, to string }{
+		{"198.18.0.1:0", "203.0.113.9:3478"}, {"[fd00:18::1]:0", "[2001:db8::9]:3478"},
+	} {
+		app := p.udp(c.local, "")
+		if _, err := app.WriteTo([]byte("x"), udpAddr(c.to)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := app.Read(b); err != nil {
+			t.Fatal(err)
+		}
+		all := p.next.all()
+		app.Close()
+		all[len(all)-1].r.Deliver([]byte("a secret"), netip.MustParseAddrPort(c.to))
+	}
+	p.do(func() {
+		out, err := exec.Command("nft", "list", "table", "inet", "seen").CombinedOutput()
+		if err != nil || strings.Count(string(out), "destination-unreachable counter packets 0 bytes 0") != 2 {
+			t.Errorf("%v: it was told outside:\n%s", err, out)
+		}
+	})
+}
+
 func TestAConnectionThatWasOpenBeforeStays(t *testing.T) {
 	p := newPlace(t, nil)
 	p.do(func() { rules.Off() })

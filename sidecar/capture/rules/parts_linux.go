@@ -103,7 +103,7 @@ func ofFamily(a netip.Addr) part {
 }
 
 func l4(proto string) part {
-	n := map[string]byte{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP}[proto]
+	n := map[string]byte{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP, "icmp": unix.IPPROTO_ICMP, "ipv6-icmp": unix.IPPROTO_ICMPV6}[proto]
 	return is("meta l4proto "+proto, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equal([]byte{n}))
 }
 

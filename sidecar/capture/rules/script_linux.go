@@ -62,6 +62,11 @@ func (r Rules) script() []rule {
 	add("output", "", l4("udp"), marked(OwnMark), setCTMark(OwnMark))
 	add("output", "", l4("tcp"), verdict("jump skip"))
 	add("output", "", l4("udp"), verdict("jump skip"))
+	// When an app's socket is gone the kernel tells whom a datagram seems to come
+	// from, and quotes it: in clear, on the network of this machine.
+	for _, proto := range []string{"icmp", "ipv6-icmp"} {
+		add("output", "", l4(proto), notLoopback(), ctMarked(OwnMark), verdict("drop"))
+	}
 
 	add("skip", "the sidecar's own packets", marked(OwnMark), verdict("return"))
 	for _, u := range r.Sidecars {
