@@ -68,13 +68,28 @@ func TestAWatchTellsWhatIsExpectedFromWhatIsNot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// An error is told to somebody who is not on the link: a port that nobody has,
+	// as a datagram found it that claims to come from there.
+	err = p.Near.Do(func() error {
+		c, err := net.ListenPacket("ip4:255", "0.0.0.0") // IPPROTO_RAW: whole packets
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		packet := append([]byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 203, 0, 113, 1}, netpair.NearAddr.AsSlice()...)
+		_, err = c.WriteTo(append(packet, 0x13, 0x88, 0x13, 0x88, 0, 8, 0, 0), &net.IPAddr{IP: netpair.NearAddr.AsSlice()})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	s := w.Stop()
 	if s.UDP != 1 || s.TCP < 2 || s.Link == 0 {
 		t.Errorf("seen %+v, want 1 UDP, a SYN and its refusal, and ARP", s)
 	}
-	// UDP to port 53 and to another address, a SYN and its refusal.
-	if len(s.Stray) != 4 {
-		t.Errorf("stray packets %v, want 4 kinds", s.Stray)
+	// UDP to port 53 and to another address, a SYN and its refusal, ICMP.
+	if len(s.Stray) != 5 {
+		t.Errorf("stray packets %v, want 5 kinds", s.Stray)
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 // Seen is what passed between the two ends.
 type Seen struct {
 	UDP, TCP int            // packets to and from the watched port of Far
-	Link     int            // ARP, ICMP and IGMP, which keep a link working
+	Link     int            // ARP, and ICMP and IGMP that keep the link working
 	Stray    map[string]int // all others, by what they are
 }
 
@@ -145,7 +145,7 @@ func (s *Seen) add(frame []byte, port uint16) {
 	}
 	switch {
 	// IGMP (RFC 3376) is for IPv4 what some of ICMPv6 is for IPv6.
-	case protocol == unix.IPPROTO_ICMP || protocol == unix.IPPROTO_ICMPV6 || protocol == unix.IPPROTO_IGMP:
+	case (protocol == unix.IPPROTO_ICMP || protocol == unix.IPPROTO_ICMPV6 || protocol == unix.IPPROTO_IGMP) && ofLink(src, dst):
 		s.Link++
 		return
 	case (protocol == unix.IPPROTO_UDP || protocol == unix.IPPROTO_TCP) && len(segment) >= 4:
@@ -162,4 +162,15 @@ func (s *Seen) add(frame []byte, port uint16) {
 		what = fmt.Sprintf("%s from %s to %s", name, from, to)
 	}
 	s.Stray[what]++
+}
+
+// ofLink reports whether a packet concerns the link alone: it goes to a group or
+// to somebody on the link. What tells somebody beyond it of an error does not.
+func ofLink(src, dst netip.Addr) bool {
+	bits := 24 // as the pair's own addresses
+	if dst.Is6() {
+		bits = 64
+	}
+	own, err := src.Prefix(bits)
+	return err == nil && own.Contains(dst) || dst.IsMulticast() || dst.IsLinkLocalUnicast() || dst.Is6() && src.IsLinkLocalUnicast()
 }
