@@ -56,6 +56,19 @@ func ProcessOf(client, server netip.AddrPort, network string) (Process, error) {
 	return p, nil
 }
 
+// SocketOf reports whether a UDP socket of this machine and network namespace is
+// bound to client, which has sent to server, and which one it is: 0 where the
+// kernel does not say. In doubt there is one.
+func SocketOf(client, server netip.AddrPort) (socket uint32, open bool) {
+	s, err := diagUDP(client, server)
+	if err != syscall.ENOENT {
+		return s.inode, true
+	}
+	// It may be connected to somebody else by now.
+	bound, err := diagBound(unix.IPPROTO_UDP, client)
+	return 0, bound || err != nil
+}
+
 // holderOf returns the oldest process that has the socket open, or 0.
 func holderOf(inode uint32) int {
 	entries, err := os.ReadDir("/proc")
@@ -121,25 +134,33 @@ func diagUDP(own, peer netip.AddrPort) (diagSocket, error) {
 	return s, err
 }
 
-// diag asks for exactly one socket, which no dump of all sockets is needed for.
-//
-// It asks on a goroutine of its own: the library reads into 64 KiB on the
-// stack, and a stack that has grown to 128 KiB stays so for as long as an
-// association lives (2,000 of them: 328 MB of stacks instead of 17).
-func diag(protocol uint8, source, destination netip.AddrPort) (s diagSocket, err error) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s, err = ask(protocol, source, destination)
-	}()
-	<-done
-	return s, err
+// diagBound reports whether any socket is bound to an address, or to its port on
+// all addresses. The kernel looks at all sockets.
+func diagBound(protocol uint8, own netip.AddrPort) (bool, error) {
+	for _, any := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		answers, err := ask(unix.NLM_F_DUMP, diagRequest{protocol, netip.AddrPortFrom(any, own.Port()), netip.AddrPortFrom(any, 0)})
+		if err != nil {
+			return false, err
+		}
+		for _, b := range answers {
+			if len(b) < diagAnswerLen {
+				continue
+			}
+			at := netip.AddrFrom4([4]byte(b[8:]))
+			if b[0] == unix.AF_INET6 {
+				at = netip.AddrFrom16([16]byte(b[8:])).Unmap()
+			}
+			if at == own.Addr() || at.IsUnspecified() {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
-func ask(protocol uint8, source, destination netip.AddrPort) (diagSocket, error) {
-	r := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
-	r.AddData(diagRequest{protocol, source, destination})
-	answers, err := r.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
+// diag asks for exactly one socket, which no dump of all sockets is needed for.
+func diag(protocol uint8, source, destination netip.AddrPort) (diagSocket, error) {
+	answers, err := ask(0, diagRequest{protocol, source, destination})
 	if err != nil {
 		return diagSocket{}, err
 	}
@@ -152,6 +173,21 @@ func ask(protocol uint8, source, destination netip.AddrPort) (diagSocket, error)
 		uid:   binary.NativeEndian.Uint32(b[64:]),
 		inode: binary.NativeEndian.Uint32(b[68:]),
 	}, nil
+}
+
+// ask asks on a goroutine of its own: the library reads into 64 KiB on the
+// stack, and a stack that has grown to 128 KiB stays so for as long as an
+// association lives (2,000 of them: 328 MB of stacks instead of 17).
+func ask(flags int, what diagRequest) (answers [][]byte, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, flags)
+		r.AddData(what)
+		answers, err = r.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
+	}()
+	<-done
+	return answers, err
 }
 
 // The layouts of linux/inet_diag.h. struct inet_diag_sockid is 48 bytes: ports

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"culvert/tunnel"
 )
 
@@ -53,6 +55,53 @@ func TestProcessOfNoSocket(t *testing.T) {
 	}
 	if _, err := ProcessOf(nobody, nobody, "sctp"); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
 		t.Errorf("sctp: %v", err)
+	}
+}
+
+func TestASocketIsKnownUntilItIsClosed(t *testing.T) {
+	to := netip.MustParseAddrPort("127.0.0.1:9")
+	for name, c := range map[string]struct {
+		network, bind string
+		connect       string // to somebody else
+	}{
+		"bound":                  {"udp4", "127.0.0.1:0", ""},
+		"on all addresses":       {"udp4", "0.0.0.0:0", ""},
+		"of both families":       {"udp", "[::]:0", ""},
+		"connected":              {"udp4", "127.0.0.1:0", "127.0.0.1:9"},
+		"connected elsewhere":    {"udp4", "127.0.0.1:0", "127.0.0.2:99"},
+		"of both, and elsewhere": {"udp", "[::]:0", "127.0.0.2:99"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, err := net.ListenPacket(c.network, c.bind)
+			if err != nil {
+				t.Fatal(err)
+			}
+			u := p.(*net.UDPConn)
+			defer u.Close()
+			own := netip.AddrPortFrom(to.Addr(), u.LocalAddr().(*net.UDPAddr).AddrPort().Port())
+			if c.connect != "" {
+				raw, _ := u.SyscallConn()
+				at := netip.MustParseAddrPort(c.connect)
+				raw.Control(func(fd uintptr) {
+					if c.network == "udp4" {
+						err = unix.Connect(int(fd), &unix.SockaddrInet4{Addr: at.Addr().As4(), Port: int(at.Port())})
+					} else {
+						err = unix.Connect(int(fd), &unix.SockaddrInet6{Addr: at.Addr().As16(), Port: int(at.Port())})
+					}
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			socket, open := SocketOf(own, to)
+			if elsewhere := c.connect == "127.0.0.2:99"; !open || (socket == 0) != elsewhere {
+				t.Errorf("while it is open: %d, %v", socket, open)
+			}
+			u.Close()
+			if socket, open := SocketOf(own, to); open {
+				t.Errorf("after it was closed: %d, %v", socket, open)
+			}
+		})
 	}
 }
 

@@ -14,6 +14,9 @@ func ProcessOf(_, _ netip.AddrPort, _ string) (Process, error) {
 	return Process{}, tunnel.Errorf(tunnel.Unsupported, "finding the process behind a connection needs Linux")
 }
 
+// SocketOf does not know here: there may be one.
+func SocketOf(_, _ netip.AddrPort) (socket uint32, open bool) { return 0, true }
+
 // socketOwner can not tell users apart here.
 type socketOwner struct{}
 

@@ -748,6 +748,65 @@ func TestAnIdleSocketsAssociationEnds(t *testing.T) {
 	}
 }
 
+func TestAnAssociationEndsWithItsSocket(t *testing.T) {
+	var mu sync.Mutex // guards sockets
+	sockets := map[netip.AddrPort]uint32{}
+	p := newPlace(t, func(c *Config, _ *rules.Rules) {
+		c.Socket = func(app, server netip.AddrPort) (uint32, bool) {
+			if server.String() != "203.0.113.9:3478" {
+				t.Errorf("asked for one that has sent to %v", server)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			n, ok := sockets[app]
+			return n, ok
+		}
+	})
+	const stays, closed, another, unnamed, talks = 0, 1, 2, 3, 4
+	var apps []*net.UDPConn
+	b := make([]byte, 9)
+	for i := range 5 {
+		app := p.udp("198.18.0.1:0", "203.0.113.9:3478")
+		apps = append(apps, app)
+		app.Write([]byte("x"))
+		if _, err := app.Read(b); err != nil {
+			t.Fatal(err)
+		}
+		sockets[addrOf(app)] = uint32(100 + i)
+	}
+	p.c.tick.Store(100)
+	for _, app := range apps {
+		app.Write([]byte("x"))
+		if _, err := app.Read(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.c.sweep(104)
+	if n := p.c.Stats().Relays; n != 5 {
+		t.Fatalf("%d associations while all are open", n)
+	}
+	mu.Lock()
+	delete(sockets, addrOf(apps[closed]))
+	sockets[addrOf(apps[another])] = 999
+	sockets[addrOf(apps[unnamed])] = 0
+	delete(sockets, addrOf(apps[talks]))
+	mu.Unlock()
+	p.c.tick.Store(107)
+	apps[talks].Write([]byte("x"))
+	if _, err := apps[talks].Read(b); err != nil {
+		t.Fatal(err)
+	}
+	// What comes for a socket does not keep it.
+	p.next.all()[closed].r.Deliver([]byte("y"), netip.MustParseAddrPort("203.0.113.9:3478"))
+	p.c.sweep(108)
+	eventually(t, "two have ended", func() bool { return p.next.open() == 3 && p.c.Stats().Relays == 3 })
+	for i, app := range apps {
+		if _, _, open := p.c.Server(addrOf(app)); open != (i == stays || i == unnamed || i == talks) {
+			t.Errorf("association %d: %v", i, open)
+		}
+	}
+}
+
 func TestAnAssociationThatEndsByItselfIsOpenedAgain(t *testing.T) {
 	p := newPlace(t, nil)
 	app := p.udp("198.18.0.1:0", "203.0.113.9:3478")

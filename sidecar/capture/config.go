@@ -33,6 +33,10 @@ type Config struct {
 	// Idle is how long a UDP socket may send and receive nothing until its
 	// association ends; 0 is 2 minutes.
 	Idle time.Duration
+	// Socket says which UDP socket is bound to an app's address, which has sent to
+	// server; 0: some socket. open is false when there is none, and the
+	// association ends then. nil: only Idle ends it.
+	Socket func(app, server netip.AddrPort) (socket uint32, open bool)
 	// MaxSources and MaxStreams bound associations and connections; 0 is 4096.
 	MaxSources, MaxStreams int
 	// MaxAge is how long an app's datagram may wait in our socket until it is

@@ -13,8 +13,8 @@
 //
 // It promises that a datagram costs no goroutine and no allocation, that the
 // number of associations and streams is bounded, that a flood of new sources
-// ends those that never had an answer first, and that nothing is left behind when
-// Run's context ends.
+// ends those that never had an answer first, that an association ends soon after
+// its socket, and that nothing is left behind when Run's context ends.
 //
 // It does not decide what is captured: the kernel does, see package rules. It
 // does not resolve names, decide what is allowed, or know a tunnel: all of that

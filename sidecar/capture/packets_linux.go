@@ -25,12 +25,14 @@ type source struct {
 
 	out   atomic.Pointer[tunnel.Packets] // nil while it is being opened
 	last  atomic.Int64                   // the tick of the last datagram, either way
+	sent  atomic.Int64                   // that of the last one from the app
 	heard atomic.Bool                    // something came back
 	asked dnsAsked
 
-	born  uint64 // how many were before
-	ended bool   // guarded by Capture.mu: not in its map any more
-	once  sync.Once
+	born   uint64 // how many were before
+	socket uint32 // the app's, as Config.Socket has named it; of the goroutine that sweeps
+	ended  bool   // guarded by Capture.mu: not in its map any more
+	once   sync.Once
 }
 
 // reader takes datagrams from one socket.
@@ -62,7 +64,9 @@ func (r *reader) TakeFor(p []byte, app, to netip.AddrPort) {
 		c.drops[dropOpening].Add(1)
 		return
 	}
-	s.last.Store(c.tick.Load())
+	now := c.tick.Load()
+	s.last.Store(now)
+	s.sent.Store(now)
 	target := tunnel.TargetOf(to)
 	if to.Port() == dnsPort && c.cfg.DNS.IsValid() {
 		s.asked.note(p, to)
@@ -115,6 +119,7 @@ func (c *Capture) source(app, to netip.AddrPort) *source {
 	}
 	s = &source{c: c, app: app, first: to, born: c.associations}
 	s.last.Store(c.tick.Load())
+	s.sent.Store(c.tick.Load())
 	c.sources[app] = s
 	c.associations++
 	c.wg.Add(1)
@@ -173,21 +178,44 @@ func (c *Capture) evictLocked() []*source {
 	return all
 }
 
-// sweep ends what has been idle.
+// sweep ends what has been idle, and what has no socket any more.
 func (c *Capture) sweep(now int64) {
-	var gone []*source
+	var gone, silent []*source
 	c.mu.Lock()
 	for _, s := range c.sources {
-		if now-s.last.Load() > int64(c.cfg.Idle/tickTime) {
+		switch {
+		case now-s.last.Load() > int64(c.cfg.Idle/tickTime):
 			s.ended = true
 			delete(c.sources, s.app)
 			gone = append(gone, s)
+		case c.cfg.Socket != nil && lookAt(now-s.sent.Load()):
+			silent = append(silent, s)
 		}
 	}
 	c.mu.Unlock()
+	for _, s := range silent {
+		if s.hasLeft() {
+			c.forget(s)
+			gone = append(gone, s)
+		}
+	}
 	for _, s := range gone {
 		s.close()
 	}
+}
+
+// lookAt reports whether a socket is looked for that has sent nothing for so
+// many ticks: soon, then seldom, since each time the kernel is asked.
+func lookAt(silent int64) bool { return silent == 4 || silent == 8 || silent > 0 && silent%16 == 0 }
+
+// hasLeft reports whether the app's socket is gone, or is another one that has
+// come to the same address.
+func (s *source) hasLeft() bool {
+	socket, open := s.c.cfg.Socket(s.app, s.first)
+	if s.socket == 0 {
+		s.socket = socket
+	}
+	return !open || socket != 0 && socket != s.socket
 }
 
 // forget takes a source out of the map.

@@ -65,7 +65,7 @@ func (s *Sidecar) newCapture(c *config.Sidecar) error {
 		return p.Name, p.PID
 	}
 	watch := sidecar.NewWatch(s.Switch, s.Watcher, func(by tunnel.Peer) channel.Owner { return sidecar.OwnerOf(by, find) })
-	s.Capture, err = capture.New(capture.Config{Sockets: sockets, Next: watch, DNS: dns, MaxAge: maxAge(time.Duration(c.Media.MaxWait)), Log: s.log})
+	s.Capture, err = capture.New(capture.Config{Sockets: sockets, Next: watch, DNS: dns, Socket: sidecar.SocketOf, MaxAge: maxAge(time.Duration(c.Media.MaxWait)), Log: s.log})
 	if err != nil {
 		sockets.Close()
 		return err
