@@ -330,6 +330,13 @@ func TestAppsThatAreCapturedHoldTheirCallsThroughPort443(t *testing.T) {
 	if err := phone.Wait(); err != nil {
 		t.Errorf("the SIP call: %v", err)
 	}
+	hungUp := time.Now()
+	runEventually(t, "the sidecar says that it has ended", func() bool { return c.live("sipp") == "" })
+	if took := time.Since(hungUp); took > 15*time.Second { // 30 s: its silence alone has told
+		t.Errorf("the sidecar knows after %v that the SIP call has ended", took)
+	} else {
+		t.Logf("the sidecar knows after %v that the SIP call has ended", took.Round(time.Millisecond))
+	}
 
 	st := runStatus(t, c.socket)
 	t.Logf("captured: %+v; dropped: %v", *st.Capture, st.Dropped)
