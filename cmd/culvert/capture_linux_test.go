@@ -280,6 +280,19 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	if d := time.Since(began); d > 4*time.Second {
 		t.Errorf("to be refused without a sidecar took %v", d)
 	}
+	// The next one takes over what they capture; nothing leaves in between.
+	w := o.pair.Watch(t, 443)
+	app := exec.Command("bash", "-c", "exec 3>/dev/udp/"+outside4+"/9; while sleep 0.005; do printf x >&3; done")
+	app.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: captureUser, Gid: captureUser, NoSetGroups: true}}
+	o.pair.Near.Start(t, app)
+	o.run()
+	runEventually(t, "the app's datagrams are taken", func() bool { return runStatus(t, o.socket).Capture.Up > 10 })
+	for what, n := range w.Stop().Stray {
+		t.Errorf("the link saw %s, %d times", what, n)
+	}
+	app.Process.Kill()
+	o.sidecar.Process.Kill()
+	o.sidecar.Wait()
 	// Another one, which captures nobody, sweeps.
 	if err := os.WriteFile(filepath.Join(o.dir, "culvert.yaml"), []byte(strings.Replace(o.read("culvert.yaml"), fmt.Sprintf("users: %d, ", captureUser), "", 1)), 0o600); err != nil {
 		t.Fatal(err)

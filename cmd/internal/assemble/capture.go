@@ -48,7 +48,9 @@ func (s *Sidecar) newCapture(c *config.Sidecar) error {
 	if err != nil {
 		return err
 	}
-	s.sweepCapture(sockets.Port()) // the port is ours now: they are nobody else's
+	if !c.Capture.Selects() { // else they are replaced in one step, so that nothing leaves in between
+		s.sweepCapture(sockets.Port()) // the port is ours now: they are nobody else's
+	}
 	dns, err := c.Capture.Server()
 	if err != nil {
 		return err
