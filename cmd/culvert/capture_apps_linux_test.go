@@ -233,8 +233,8 @@ func (c *captureApps) live(app string) string {
 	return ""
 }
 
-// Apps that know nothing of a proxy hold their calls through a firewall that
-// lets only port 443 pass, and keep them when that loses UDP.
+// Apps that know nothing of a proxy hold their calls through a firewall that lets
+// only port 443 pass, and keep them when that loses UDP or the sidecar is killed.
 func TestAppsThatAreCapturedHoldTheirCallsThroughPort443(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the calls last ten seconds")
@@ -278,6 +278,18 @@ func TestAppsThatAreCapturedHoldTheirCallsThroughPort443(t *testing.T) {
 		})
 		t.Logf("%s: a second of media took %v", when, time.Since(began).Round(time.Millisecond))
 	}
+	// connected fails the test if a page has found itself cut off; it does when it
+	// has heard nothing for 2.5 s.
+	connected := func() {
+		t.Helper()
+		held := stalls(began, time.Now())
+		for _, name := range names {
+			r, _ := room.Last(name)
+			if held < time.Second && slices.ContainsFunc(r.ICE, func(s string) bool { return s != "checking" && s != "connected" && s != "completed" }) {
+				t.Errorf("%s's ICE states were %v (the machine stood still for %v)", name, r.ICE, held)
+			}
+		}
+	}
 	goesOn("at first")
 	phone := c.sip(5 * time.Second)
 	for _, app := range []string{"chromium", "gst-launch-1.0", "sipp"} {
@@ -315,11 +327,8 @@ func TestAppsThatAreCapturedHoldTheirCallsThroughPort443(t *testing.T) {
 		if was := first[name]; r.Pair != was.Pair || r.Pairs != was.Pairs {
 			t.Errorf("%s had the pair %s, has %s, choice %d instead of %d", name, was.Pair, r.Pair, r.Pairs, was.Pairs)
 		}
-		// A page that has heard nothing for 2.5 s says that it is disconnected.
-		if held := stalls(began, time.Now()); held < time.Second && slices.ContainsFunc(r.ICE, func(s string) bool { return s != "checking" && s != "connected" && s != "completed" }) {
-			t.Errorf("%s's ICE states were %v (the machine stood still for %v)", name, r.ICE, held)
-		}
 	}
+	connected()
 	if heard := room.Heard(); len(heard) != len(names) {
 		t.Errorf("the pages came from %v, want one egress port each", heard)
 	}
@@ -340,6 +349,17 @@ func TestAppsThatAreCapturedHoldTheirCallsThroughPort443(t *testing.T) {
 
 	st := runStatus(t, c.socket)
 	t.Logf("captured: %+v; dropped: %v", *st.Capture, st.Dropped)
+	// What is captured has no connection to the sidecar that could break: when that
+	// is killed, the next takes over, if only its configuration says so.
+	if err := os.WriteFile(filepath.Join(c.dir, "culvert.yaml"), []byte(strings.Replace(c.read("culvert.yaml"), "capture: {", fmt.Sprintf("capture: {users: %d, ", captureUser), 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.sidecar.Process.Kill()
+	c.sidecar.Wait()
+	c.run()
+	goesOn("with another sidecar")
+	connected()
+
 	s := w.Stop()
 	if s.UDP < 100 || s.TCP < 100 {
 		t.Errorf("seen %+v, want a hundred packets of each kind at least", s)
