@@ -62,6 +62,10 @@ const (
 	// are not, before it is left for them. After the circuit breaker has acted it
 	// no longer is, so this adds up over several tries.
 	strained = 600 * time.Millisecond
+	// sharedFor is how long after lanes have waited together with UDP the two are
+	// taken to share a link that is too slow. Its queue comes and goes as the
+	// breaker works, and what is known of lanes is often from when it was empty.
+	sharedFor = 20 * time.Second
 )
 
 // view is what a chooser decides by.
@@ -109,6 +113,8 @@ type chooser struct {
 	congested bool          // delay had risen before the doubt: nothing is sent twice
 	strain    time.Time     // since when the breaker is at work on it; zero: it is not
 	apart     time.Duration // how long since then it was overloaded and lanes were not
+	trip      time.Duration // the shortest round trip of lanes; 0: not known
+	shared    time.Time     // when lanes were last seen to wait with it
 	looked    time.Time     // the last step
 	trial     trial
 	asked     time.Time // when probes were last sent
@@ -344,6 +350,12 @@ func (c *chooser) watch(v view, o *orders) {
 // breaker has emptied the queue.
 func (c *chooser) strained(v view, o *orders) {
 	s, lanes := v.ways[c.way], v.ways[wire.WayLanes]
+	switch {
+	case !lanes.Present:
+		c.trip = 0
+	case lanes.RTT > 0 && (c.trip == 0 || lanes.RTT < c.trip):
+		c.trip = lanes.RTT
+	}
 	if c.way == wire.WayLanes || !s.Bad || !lanes.Present {
 		c.strain, c.apart = time.Time{}, 0
 		return
@@ -353,9 +365,9 @@ func (c *chooser) strained(v view, o *orders) {
 	}
 	took := min(v.now.Sub(c.looked), 2*calmEvery)
 	switch asked := v.now.Sub(lanes.Reported) < deaf && lanes.Reported.After(c.strain); {
-	case lanes.Delay > risen:
-		c.apart = 0
-	case asked && (s.Lost > full || s.Delay > max(risen, 2*lanes.Delay)):
+	case lanes.Delay > risen || lanes.RTT > c.trip+risen: // little is sent by them, reports if nothing else
+		c.apart, c.shared = 0, v.now
+	case asked && v.now.Sub(c.shared) > sharedFor && (s.Lost > full || s.Delay > max(risen, 2*lanes.Delay)):
 		c.apart += took
 	}
 	if c.apart >= strained {

@@ -244,6 +244,23 @@ func TestTheChooser(t *testing.T) {
 			}
 			w.uses(lanes, wire.NoWay)
 		},
+		"a link that is too slow for both is not left for lanes, though they are often looked at when its queue is empty": func(w *world) {
+			w.ways[lanes].RTT = 40 * time.Millisecond
+			w.pass(second)
+			for range 30 {
+				w.ways[sealed].Bad, w.ways[sealed].Delay, w.ways[lanes].RTT = true, 100*time.Millisecond, 140*time.Millisecond
+				w.pass(100 * time.Millisecond)
+				w.ways[lanes].RTT = 42 * time.Millisecond
+				w.pass(100 * time.Millisecond)
+				w.ways[sealed].Delay = 0
+				w.pass(800 * time.Millisecond)
+			}
+			w.uses(sealed, wire.NoWay)
+			// Until lanes have not waited for a while: then UDP alone is slow.
+			w.ways[sealed].Delay = 100 * time.Millisecond
+			w.pass(sharedFor + second)
+			w.uses(lanes, wire.NoWay)
+		},
 		"UDP that is throttled is not used again while it does not carry as much": func(w *world) {
 			w.pass(second)
 			w.ways[sealed].Lost = 0.8
