@@ -427,7 +427,11 @@ func (r *Room) doubleLocked(s *seat, record []byte, now time.Time) {
 		s.double.Store(false)
 	case len(record) < smallMean:
 		if o := r.pickLocked(s.out.Load(), now); o != nil && o.waiting == 0 && r.rate == 0 {
-			r.sendLocked(o, record, now)
+			if o.lane != nil { // so that it knows a copy
+				o.lane.Resend(record, now)
+			} else {
+				r.sendLocked(o, record, now)
+			}
 		}
 	}
 }
