@@ -484,6 +484,7 @@ func (r *run) changed(now time.Time, v view, was wire.Way, doubt time.Time, o or
 		if c.LostUp = r.vain; now.Sub(old.Heard) < deaf { // only our direction is shut
 			c.LostUp = old.Unproved
 		}
+		r.at.Told(was)
 	}
 	if was != wire.NoWay {
 		c.From = was.String()

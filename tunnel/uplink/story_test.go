@@ -105,6 +105,26 @@ func TestUDPThatGoesAndComesIsTold(t *testing.T) {
 	})
 }
 
+func TestWhatAWayLostIsNotToldAgainWhenItsConnectionEnds(t *testing.T) {
+	tell(t, tunnel.ModeAuto, nil, true, func(t *testing.T, s *story) {
+		s.network.udp.Store(true)
+		for s.r.up().Way != wire.WayLanes.String() {
+			time.Sleep(10 * ms)
+		}
+		s.f.nets["quic"].Cut()
+		c := s.r.toldTo(tunnel.ChangedDatagrams, "sealed", "lanes", tunnel.UDPBlocked)
+		costs(t, c, [2]time.Duration{550 * ms, 1000 * ms}, [2]uint64{20, 50}, [2]uint64{0, 5})
+		time.Sleep(10 * time.Second)
+		var up uint64
+		for _, c := range s.r.changes() {
+			up += c.LostUp
+		}
+		if up != c.LostUp {
+			t.Errorf("%d lost on their way up are told in all, %d with the change that cost them", up, c.LostUp)
+		}
+	})
+}
+
 func TestSealedPacketsThatDoNotPassAreTold(t *testing.T) {
 	for name, direction := range map[string]func(*network){
 		"both ways": func(*network) {},
