@@ -391,7 +391,7 @@ func (c *chooser) try(v view, o *orders) {
 	case passes && c.way == wire.WayLanes && c.again[t].narrow:
 		c.trial.load, c.trial.trip = v.now, s.RTT
 	case passes:
-		c.turn(v, o, fmt.Sprintf("probes of it were answered in %v", took.Round(time.Millisecond)))
+		c.turn(v, o, "probes of it were answered in "+inWords(took))
 	case took >= trialTime:
 		a := &c.again[t]
 		first, most := udpAgain, maxUDPAgain
@@ -468,6 +468,14 @@ func (c *chooser) ask(v view, o *orders) {
 		o.load, o.begin = min(more, loadMost), len(t.asked) == 0
 		t.asked = append(t.asked, asked{v.now, before + o.load})
 	}
+}
+
+// inWords is a duration as people are told it.
+func inWords(d time.Duration) string {
+	if d < time.Millisecond {
+		return "less than 1ms"
+	}
+	return d.Round(time.Millisecond).String()
 }
 
 func later(a, b time.Time) time.Time {
