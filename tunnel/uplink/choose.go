@@ -222,7 +222,7 @@ func (c *chooser) fallBack(v view, o *orders) {
 var wayAtHand = [wire.WaysEnd]string{
 	wire.WayDatagram: "it is at hand; sealed packets are being tried",
 	wire.WaySealed:   "it is at hand",
-	wire.WayLanes:    "UDP does not pass, or is not allowed to be used",
+	wire.WayLanes:    "UDP does not pass",
 }
 
 // noSealed is why where there is nothing to try.

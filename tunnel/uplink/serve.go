@@ -430,6 +430,9 @@ func (r *run) step(now time.Time) time.Duration {
 	}
 	was, alsoBefore, doubt := r.choose.way, r.choose.also, r.choose.doubt
 	o := r.choose.step(v)
+	if r.udp == nil && o.why == wayAtHand[wire.WayLanes] {
+		o.why = fmt.Sprintf("mode is %s", r.mode)
+	}
 	if o.first != was || o.also != alsoBefore {
 		r.at.Use(o.first, o.also)
 	}

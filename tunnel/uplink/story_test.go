@@ -105,6 +105,25 @@ func TestUDPThatGoesAndComesIsTold(t *testing.T) {
 	})
 }
 
+// blocked is a dialer whose packets are refused at once.
+type blocked struct{ tunnel.Dialer }
+
+func (blocked) Dial(context.Context, string) (tunnel.Candidate, error) {
+	return nil, tunnel.Errorf(tunnel.UDPBlocked, "blocked")
+}
+
+func TestWhyLanesAreUsedIsTold(t *testing.T) {
+	for mode, why := range map[tunnel.Mode]string{tunnel.ModeTCP: "mode is tcp", tunnel.ModeAuto: "UDP does not pass"} {
+		tell(t, mode, func(c *Config) { // QUIC finds nobody
+			c.QUIC = blocked{c.QUIC}
+		}, false, func(t *testing.T, s *story) {
+			if got := s.r.up(); got.Way != wire.WayLanes.String() || got.WayWhy != why {
+				t.Errorf("mode %s: datagrams go by %s: %s, want %s", mode, got.Way, got.WayWhy, why)
+			}
+		})
+	}
+}
+
 func TestWhatAWayLostIsNotToldAgainWhenItsConnectionEnds(t *testing.T) {
 	tell(t, tunnel.ModeAuto, nil, true, func(t *testing.T, s *story) {
 		s.network.udp.Store(true)
