@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 	"time"
@@ -40,13 +41,17 @@ const (
 // String returns the change as one line without its time.
 func (c Change) String() string {
 	s := c.What
+	from, to := c.From, c.To
+	if c.What == ChangedDatagrams { // which have a way, or none
+		from, to = cmp.Or(from, "nothing"), cmp.Or(to, "nothing")
+	}
 	switch {
-	case c.From != "" && c.To != "":
-		s += " " + c.From + " -> " + c.To
-	case c.To != "":
-		s += " " + c.To + " is there"
-	case c.From != "":
-		s += " " + c.From + " is gone"
+	case from != "" && to != "":
+		s += " " + from + " -> " + to
+	case to != "":
+		s += " " + to + " is there"
+	case from != "":
+		s += " " + from + " is gone"
 	}
 	s += ": " + string(c.Cause)
 	if c.Why != "" {

@@ -2,6 +2,7 @@ package media
 
 import (
 	"errors"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -76,8 +77,10 @@ type Room struct {
 	bytes   int // of buffers that wait
 	seated  int // seats where something waits
 	rate    float64
-	tokens  float64   // bytes that may leave while shaped; less than 0: overdrawn
-	filled  time.Time // when tokens were counted
+	tokens  float64      // bytes that may leave while shaped; less than 0: overdrawn
+	filled  time.Time    // when tokens were counted
+	next    [classes]int // the outlet whose turn it is while shaped
+	share   [classes]int // datagrams that it may still send in its turn
 	timer   *time.Timer
 	armed   bool
 }
@@ -424,7 +427,11 @@ func (r *Room) doubleLocked(s *seat, record []byte, now time.Time) {
 		s.double.Store(false)
 	case len(record) < smallMean:
 		if o := r.pickLocked(s.out.Load(), now); o != nil && o.waiting == 0 && r.rate == 0 {
-			r.sendLocked(o, record, now)
+			if o.lane != nil { // so that it knows a copy
+				o.lane.Resend(record, now)
+			} else {
+				r.sendLocked(o, record, now)
+			}
 		}
 	}
 }
@@ -589,8 +596,12 @@ func (r *Room) expireLocked(s *seat, now time.Time) {
 func (r *Room) pumpLocked(now time.Time) {
 	r.refillLocked(now)
 	for c := range classes {
-		for i := range r.outlets {
-			r.serveLocked(r.outlets[i], c, now)
+		if r.rate > 0 {
+			r.shareLocked(c, now)
+			continue
+		}
+		for _, o := range r.outlets {
+			r.serveLocked(o, c, math.MaxInt, now)
 		}
 	}
 	for _, o := range r.outlets {
@@ -598,11 +609,33 @@ func (r *Room) pumpLocked(now time.Time) {
 	}
 }
 
+// shareLocked gives the outlets their turns while the room is shaped, each for as
+// many datagrams as there are seats in its ring: else the first would take all that
+// may leave.
+func (r *Room) shareLocked(c int, now time.Time) {
+	for idle := 0; idle < len(r.outlets) && r.tokens > 0; {
+		o := r.outlets[r.next[c]%len(r.outlets)]
+		if r.share[c] == 0 {
+			r.share[c] = o.rings[c].seats
+		}
+		sent := r.serveLocked(o, c, r.share[c], now)
+		r.share[c] -= sent
+		idle++
+		if sent > 0 {
+			idle = 0
+		}
+		if sent == 0 || r.share[c] == 0 {
+			r.next[c], r.share[c] = (r.next[c]+1)%len(r.outlets), 0
+		}
+	}
+}
+
 // serveLocked gives the seats of one ring their turns (M. Shreedhar, G.
-// Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995).
-func (r *Room) serveLocked(o *outlet, c int, now time.Time) {
+// Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995), until most
+// datagrams have left, and returns how many have.
+func (r *Room) serveLocked(o *outlet, c, most int, now time.Time) (sent int) {
 	g := &o.rings[c]
-	for g.head != nil && !o.blocked && !o.failed && (r.rate == 0 || r.tokens > 0) {
+	for g.head != nil && sent < most && !o.blocked && !o.failed && (r.rate == 0 || r.tokens > 0) {
 		s := g.head
 		if r.expireLocked(s, now); g.head != s {
 			continue
@@ -621,8 +654,9 @@ func (r *Room) serveLocked(o *outlet, c int, now time.Time) {
 		p := q.head.p
 		err := r.sendLocked(o, p, now)
 		if err == errStays {
-			return
+			return sent
 		}
+		sent++
 		q.deficit -= len(p)
 		r.tokens -= float64(len(p))
 		it := r.takeLocked(s, c, nil)
@@ -634,6 +668,7 @@ func (r *Room) serveLocked(o *outlet, c int, now time.Time) {
 		}
 		it.free()
 	}
+	return sent
 }
 
 // vainLocked says whether the head of q begins a video frame that a shaped room

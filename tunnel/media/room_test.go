@@ -633,6 +633,36 @@ func TestAShapedRoomKeepsToItsRate(t *testing.T) {
 	})
 }
 
+func TestAssociationsOfAllOutletsShareAShapedRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, first, _ := newTestRoom(0)
+		second := newGate()
+		r.Add(second, nil)
+		var lines [3]Line // two have the first outlet, one the second
+		for i := range lines {
+			send(t, r, &lines[i], fmt.Sprint(i, strings.Repeat("x", 600)))
+		}
+		first.take()
+		second.take()
+		r.Shape(300_000)
+		for range 2000 { // 20 s: 480 kbit/s of each
+			for i := range lines {
+				send(t, r, &lines[i], fmt.Sprint(i, strings.Repeat("x", 600)))
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		sent := map[byte]int{}
+		for _, p := range append(first.take(), second.take()...) {
+			sent[p[0]] += 8 * len(p) / 20
+		}
+		for i := range lines {
+			if rate := sent['0'+byte(i)]; rate < 90_000 || rate > 110_000 {
+				t.Errorf("association %d sent %d bit/s of 300,000 for three", i, rate)
+			}
+		}
+	})
+}
+
 func TestACopyInAnotherRoomIsNotMeasured(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, _, _ := newTestRoom(0)

@@ -112,6 +112,7 @@ func (q *queue) cut(prev *item) *item {
 // class. The head is next.
 type ring struct {
 	class      int
+	seats      int // in it
 	head, tail *seat
 }
 
@@ -124,6 +125,7 @@ func (g *ring) push(s *seat) {
 		g.tail.queues[g.class].next = s
 	}
 	g.tail = s
+	g.seats++
 }
 
 func (g *ring) remove(s *seat) {
@@ -139,4 +141,5 @@ func (g *ring) remove(s *seat) {
 		q.next.queues[g.class].prev = q.prev
 	}
 	q.ring, q.prev, q.next = nil, nil, nil
+	g.seats--
 }

@@ -79,5 +79,12 @@ type passage struct {
 
 func (p *passage) alone() int64 { return p.sent.Load() - p.twice.Load() }
 
+// tell says that what went in vain until now has been told of.
+func (p *passage) tell() {
+	n := p.alone()
+	p.heard.Store(n)
+	p.proved.Store(n)
+}
+
 // since returns how many went by the way alone since then.
 func (p *passage) since(then *atomic.Int64) uint64 { return uint64(max(p.alone()-then.Load(), 0)) }

@@ -2,7 +2,9 @@ package session
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"culvert/tunnel"
 	"culvert/tunnel/media"
@@ -72,4 +74,43 @@ func TestWhatWasSentByAWayThatEndsIsLost(t *testing.T) {
 		t.Errorf("%d are lost, %d for want of a way, want 6 and 2", got, noWay)
 	}
 	p.Close()
+}
+
+// held is a lane that takes datagrams, and holds them up where it is said to.
+type held struct {
+	hole
+	stalled atomic.Bool
+	copies  atomic.Int64
+}
+
+func (h *held) Stalled() bool                             { return h.stalled.Load() }
+func (h *held) Overdue(func([]byte, time.Time) bool) bool { return false }
+func (h *held) Resend([]byte, time.Time) error            { h.copies.Add(1); return nil }
+
+func TestACopyOnAnotherLaneIsNoMoreThatCanBeLost(t *testing.T) {
+	n := NewNear(0)
+	a := n.Attach(wire.Welcome{Version: wire.Current, Session: "01"})
+	defer a.plane.close()
+	lanes := [3]held{}
+	for i := range lanes {
+		a.plane.addWay(wire.WayLanes, &lanes[i])
+	}
+	p, err := n.OpenPackets(tunnel.Peer{}, deaf{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	const sent = 20
+	for i := range sent {
+		if i == 1 {
+			lanes[0].stalled.Store(true)
+		}
+		if err := p.Send(make([]byte, 100), tunnel.Target{Host: "far", Port: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copies := lanes[1].copies.Load() + lanes[2].copies.Load()
+	if got := a.Way(wire.WayLanes).Unheard; got != sent || copies == 0 {
+		t.Errorf("%d of %d datagrams were sent, and %d copies", got, sent, copies)
+	}
 }

@@ -312,6 +312,18 @@ const LoadSize = largeProbe
 // must have come, since datagrams flow.
 func (a *Attached) Reporting() bool { return a.plane.reports.flowing() }
 
+// Told says that what a way has taken in vain has been told of: when the way ends
+// it is not lost once more.
+func (a *Attached) Told(kind wire.Way) {
+	p := a.plane
+	p.mu.RLock()
+	y := p.ways[kind]
+	p.mu.RUnlock()
+	if y != nil {
+		y.passage.tell()
+	}
+}
+
 // Way tells what is known about a way.
 func (a *Attached) Way(kind wire.Way) WayState { return a.plane.state(kind) }
 

@@ -70,6 +70,7 @@ type outgoing struct {
 	shaped bool       // the circuit breaker holds us back
 
 	// Of lanes, whose TCP is asked instead of the peer.
+	still   time.Time // since when nothing has arrived; zero: something has
 	weighed time.Time // when wanted was last measured
 	offered uint64    // bytes that were to be sent by then
 	wanted  float64   // bits/s
@@ -89,6 +90,11 @@ const gross = 0.5
 
 // span is the shortest time over which losses and rates are counted.
 const span = 200 * time.Millisecond
+
+// standstill is how long nothing arrives by lanes of a path that is dead, and not
+// slow. When it is alive again nothing is known of what it carries: a rate that was
+// lowered meanwhile would hold the call back for seconds.
+const standstill = 600 * time.Millisecond
 
 // quietRecords are fewer than pass in a second of any media: where the peer's
 // reports fail to come for longer, they are lost rather than not sent.
@@ -292,6 +298,16 @@ func (y *way) weighLocked(now time.Time) {
 	if took := now.Sub(out.weighed); took >= span {
 		out.wanted = float64(offered-out.offered) * 8 / took.Seconds()
 		out.weighed, out.offered = now, offered
+	}
+	switch {
+	case seen.Received == 0 && out.still.IsZero():
+		out.still = now
+	case seen.Received == 0:
+	case !out.still.IsZero() && now.Sub(out.still) >= standstill:
+		y.breaker = media.NewBreaker()
+		fallthrough
+	default:
+		out.still = time.Time{}
 	}
 	if !known {
 		return

@@ -379,6 +379,32 @@ func TestLanesThatCarryLessThanTheCallSendsAreShapedToWhatTheyCarry(t *testing.T
 	})
 }
 
+func TestLanesThatStoodStillAreFreeWhenSomethingArrivesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPlane(0, &media.Drops{}, bulk.New())
+		defer p.close()
+		w := &loadedWay{rate: 2e6}
+		p.addWay(wire.WayLanes, w)
+		l := p.add(&leg{plane: p, id: 1})
+		send := func(d time.Duration) { // 2 Mbit/s
+			for range d / (4 * time.Millisecond) {
+				l.send(make([]byte, 1000), alpha)
+				time.Sleep(4 * time.Millisecond)
+			}
+		}
+		send(2 * time.Second)
+		w.becomes(0, 40*time.Millisecond) // the peer stands still: nothing is acknowledged
+		send(10 * time.Second)
+		w.becomes(2e6, 40*time.Millisecond)
+		send(200 * time.Millisecond)
+		before := p.ways[wire.WayLanes].sentBytes.Load()
+		send(time.Second)
+		if sent := 8 * (p.ways[wire.WayLanes].sentBytes.Load() - before); sent < 1_900_000 {
+			t.Errorf("%d bits of 2,000,000 were sent in a second after the peer had stood still", sent)
+		}
+	})
+}
+
 func TestReportsEndWithTheDatagrams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var packets atomic.Int64

@@ -63,18 +63,20 @@ type carrier struct {
 
 func newCarrier(l *link, cfg *Config) (*carrier, error) {
 	keepShort(l.raw, carrierUnsent, 2*cfg.WriteTimeout)
+	done := make(chan struct{})
 	c := &carrier{
 		link: l, cfg: cfg,
-		frames:   &frames{link: l, buf: make([]byte, 0, maxPlaintext)},
+		frames:   &frames{link: l, buf: make([]byte, 0, maxPlaintext), done: done},
 		accepted: make(chan *stream, backlog),
 		opening:  make(chan struct{}, 1),
 		slots:    make(chan struct{}, framesAtOnce),
 		ready:    make(chan struct{}),
 		news:     make(chan struct{}, 1),
-		done:     make(chan struct{}),
+		done:     done,
 		streams:  make(map[uint32]*stream),
 		early:    make(map[uint32][]message),
 	}
+	c.frames.unread = newUnread(cfg, c.shrink)
 	c.frame.Store(smallFrame)
 	conf := &yamux.Config{
 		AcceptBacklog:          backlog,
@@ -260,6 +262,7 @@ func (c *carrier) shut() {
 		s.carrierDone()
 	}
 	c.session.Close()
+	c.frames.unread.end()
 }
 
 // count is how many streams yamux holds besides the control stream: also those
@@ -307,6 +310,7 @@ func (c *carrier) accept() {
 // end what accept has not seen yet. Each side's numbers come here in order.
 func (c *carrier) register(s *stream) {
 	id := s.y.StreamID()
+	c.frames.unread.open(id)
 	c.mu.Lock()
 	c.last[id%2] = id
 	c.streams[id] = s
@@ -319,6 +323,16 @@ func (c *carrier) register(s *stream) {
 	c.mu.Unlock()
 	for _, m := range early {
 		s.hear(m)
+	}
+}
+
+// shrink gives back the buffer of a stream, where it is empty.
+func (c *carrier) shrink(id uint32) {
+	c.mu.Lock()
+	s := c.streams[id]
+	c.mu.Unlock()
+	if s != nil {
+		s.y.Shrink()
 	}
 }
 
@@ -344,6 +358,7 @@ func (c *carrier) converse(y *yamux.Stream) {
 		}
 		for _, y := range over {
 			y.Close()
+			c.frames.unread.leave(y.StreamID())
 		}
 	}
 }
@@ -425,11 +440,16 @@ func (c *carrier) watch() {
 			heard = now
 			continue
 		}
+		full := c.frames.unread.full.Load()
 		_, err := c.session.Ping()
 		now := c.frames.heard.Load()
 		if err == nil || now != heard {
 			heard = now
 			continue
+		}
+		if full && c.frames.unread.full.Load() {
+			c.end(tunnel.Errorf(tunnel.LimitExceeded, "streams of this connection hold more than may wait to be read, and nobody has read of them for %v", 2*c.cfg.WriteTimeout))
+			return
 		}
 		c.end(tunnel.Errorf(tunnel.CloudUnreachable, "the peer did not answer for %v, so the connection was given up: %w", 2*c.cfg.WriteTimeout, err))
 		return

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"culvert/tunnel"
@@ -37,9 +38,15 @@ type Config struct {
 	MaxStreams int
 	// Window is how many bytes of one stream a carrier takes before they are
 	// read: 256 KiB to 1 GiB, default 8 MiB. It bounds a stream's rate to
-	// Window/2 in each round trip at worst, and the memory that a peer can
-	// occupy to MaxStreams × Window.
+	// Window/2 in each round trip at worst.
 	Window int
+	// Unread is how many bytes of all its streams a carrier takes before they
+	// are read: then it takes nothing more, not even a stream's opening. Default
+	// 256 MiB, which is what a sidecar keeps of all its streams until it is
+	// acknowledged; at least 1 MiB. AllUnread is the same of all carriers of a
+	// Listener or Dialer; each has 1 MiB in any case. Default 512 MiB. Buffers
+	// may be twice as large.
+	Unread, AllUnread int
 	// WriteTimeout is how long TCP may take nothing while something is to be
 	// sent: then a carrier or lane is given up. Default 5 s.
 	WriteTimeout time.Duration
@@ -50,6 +57,8 @@ type Config struct {
 	// MaxAge is how old a datagram may be when it arrives on a lane: older
 	// ones are dropped and counted as "late". Default 150 ms.
 	MaxAge time.Duration
+
+	unread *atomic.Int64 // what has come on all carriers and was not read
 }
 
 // closeTimeout bounds the farewell on a stalled connection.
@@ -74,6 +83,8 @@ func (c Config) validated() (Config, error) {
 		return bad("MaxStreams", "is negative")
 	case c.Window != 0 && (c.Window < 256<<10 || c.Window > 1<<30):
 		return bad("Window", "is not between 256 KiB and 1 GiB")
+	case c.Unread != 0 && c.Unread < leastUnread || c.AllUnread < 0:
+		return bad("Unread", "is less than 1 MiB, or AllUnread negative")
 	case c.WriteTimeout < 0:
 		return bad("WriteTimeout", "is negative")
 	case c.KeepAlive < 0:
@@ -98,6 +109,9 @@ func (c Config) validated() (Config, error) {
 	or(&c.Unauthenticated, 1000)
 	or(&c.MaxStreams, 1024)
 	or(&c.Window, 8<<20)
+	or(&c.Unread, 256<<20)
+	or(&c.AllUnread, 512<<20)
+	c.unread = &atomic.Int64{}
 	or(&c.WriteTimeout, 5*time.Second)
 	or(&c.KeepAlive, 10*time.Second)
 	or(&c.MaxAge, 150*time.Millisecond)

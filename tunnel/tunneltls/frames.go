@@ -35,6 +35,8 @@ type frames struct {
 	*link
 	buf    []byte // a header that waits; otherwise empty
 	unsent unsentSize
+	unread *unread
+	done   <-chan struct{} // the carrier has ended
 
 	heard atomic.Int64 // bytes read so far
 
@@ -80,7 +82,8 @@ func (f *frames) send(first, rest []byte) error {
 }
 
 func (f *frames) Read(p []byte) (int, error) {
-	n, err := f.link.Read(p)
+	n, err := f.link.Read(p[:f.unread.admit(len(p), f.done)])
+	f.unread.came(p[:n])
 	f.heard.Add(int64(n))
 	if err != nil {
 		f.failed(err)

@@ -32,9 +32,12 @@ type progress struct {
 	least  time.Duration // the shortest trip of late
 	// segment is how long one is on average, in bytes; 0: not known.
 	segment int
-	// delivered is the segments that the peer has, those behind a hole included.
-	delivered uint32
 }
+
+// arrived is how many bytes the peer has, those behind a hole included, which are
+// reckoned from segments. The others are not: a lane that has carried sound has
+// short ones on average, also when pictures go by it.
+func (p progress) arrived() uint64 { return p.acked + uint64(p.sacked*p.segment) }
 
 // owes says whether something may be expected to arrive. Where this host has
 // lost its address the kernel can not even send, while a peer that does not
@@ -111,7 +114,7 @@ func (w *lane) freshLocked(now time.Time) {
 func (w *lane) flightLocked() int {
 	given := w.written + uint64(w.writing+len(w.pending))
 	is := &w.pulse.last
-	return int(given - min(given, is.acked+uint64(is.sacked*is.segment)))
+	return int(given - min(given, is.arrived()))
 }
 
 // Load returns how many bits a second have arrived of late of what the lane was

@@ -67,17 +67,16 @@ func ask(c net.Conn) (is progress, ok bool) {
 		const loss = 4 // TCP_CA_Loss of the kernel
 		ok = true
 		is = progress{
-			flying:    int(i.Unacked),
-			sacked:    int(i.Sacked),
-			acked:     i.Bytes_acked,
-			unsent:    int(i.Notsent_bytes),
-			open:      i.Snd_wnd >= i.Snd_mss, // false where the kernel does not tell (before Linux 5.4)
-			full:      int(i.Unacked)-int(i.Sacked)-int(i.Lost)+int(i.Retrans) >= int(i.Snd_cwnd),
-			expiry:    i.Ca_state == loss,
-			trip:      time.Duration(i.Rtt) * time.Microsecond,
-			least:     time.Duration(i.Min_rtt) * time.Microsecond,
-			segment:   int(i.Bytes_sent / max(1, uint64(i.Data_segs_out))),
-			delivered: i.Delivered,
+			flying:  int(i.Unacked),
+			sacked:  int(i.Sacked),
+			acked:   i.Bytes_acked,
+			unsent:  int(i.Notsent_bytes),
+			open:    i.Snd_wnd >= i.Snd_mss, // false where the kernel does not tell (before Linux 5.4)
+			full:    int(i.Unacked)-int(i.Sacked)-int(i.Lost)+int(i.Retrans) >= int(i.Snd_cwnd),
+			expiry:  i.Ca_state == loss,
+			trip:    time.Duration(i.Rtt) * time.Microsecond,
+			least:   time.Duration(i.Min_rtt) * time.Microsecond,
+			segment: int(i.Bytes_sent / max(1, uint64(i.Data_segs_out))),
 		}
 	})
 	return is, ok

@@ -119,6 +119,7 @@ func (s *stream) Read(p []byte) (int, error) {
 			s.c.end(s.c.reason(err))
 		}
 		if n > 0 {
+			s.c.frames.unread.took(s.y.StreamID(), n)
 			return s.took(n), nil
 		}
 		switch {

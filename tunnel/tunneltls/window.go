@@ -30,7 +30,7 @@ const (
 // what was on its way has arrived in a round. It is pure; the zero value is ready.
 type window struct {
 	began   time.Time // of this round
-	arrived uint32    // segments, by then
+	arrived uint64    // bytes, by then
 	flight  int       // on their way, then
 	past    [rounds]round
 	peak    float64       // bytes in the best round of late
@@ -56,7 +56,7 @@ func (w *window) look(now time.Time, is progress, flight int) {
 		return
 	default:
 		copy(w.past[1:], w.past[:])
-		r := round{float64(is.delivered-w.arrived) * float64(is.segment), took}
+		r := round{float64(is.arrived() - min(w.arrived, is.arrived())), took}
 		w.past[0] = r
 		w.peak = max(r.bytes, w.peak*peakLeft)
 		if w.queue() > queued || is.segment > 0 && w.flight > 4*is.segment && r.bytes < float64(w.flight)/2 {
@@ -65,7 +65,7 @@ func (w *window) look(now time.Time, is progress, flight int) {
 			w.slow = 0
 		}
 	}
-	w.began, w.arrived, w.flight = now, is.delivered, flight
+	w.began, w.arrived, w.flight = now, is.arrived(), flight
 }
 
 // queue is how much longer than the shortest round trip the last ones were.

@@ -1,6 +1,7 @@
 package tunneltls
 
 import (
+	"cmp"
 	"testing"
 	"time"
 )
@@ -14,7 +15,8 @@ type pipe struct {
 	sent     []parcel // on their way
 	flight   int
 	free     time.Time
-	arrived  uint32
+	arrived  uint64
+	average  int // of its segments since it began; 0: segment
 	smoothed time.Duration
 }
 
@@ -37,9 +39,9 @@ func (p *pipe) pass(d time.Duration, offers float64) (most int) {
 			p.smoothed += (p.now.Sub(p.sent[0].since) - p.smoothed) / 8
 			p.sent = p.sent[1:]
 			p.flight -= segment
-			p.arrived++
+			p.arrived += segment
 		}
-		p.w.look(p.now, progress{trip: p.smoothed, least: trip, segment: segment, delivered: p.arrived}, p.flight)
+		p.w.look(p.now, progress{trip: p.smoothed, least: trip, segment: cmp.Or(p.average, segment), acked: p.arrived}, p.flight)
 		for owed = min(owed+offers, 20); owed >= 1 && p.flight+segment <= p.w.size(); owed-- {
 			if p.free.Before(p.now) {
 				p.free = p.now
@@ -93,5 +95,13 @@ func TestAWindowGrowsWithWhatIsOffered(t *testing.T) {
 	p.pass(time.Second, 16) // 31 Mbit/s
 	if rate := 8 * p.w.rate(); rate < 28e6 {
 		t.Errorf("after a second %.0f bit/s of 31 Mbit/s pass", rate)
+	}
+}
+
+func TestAWindowCountsBytesWhateverTheSegmentsWereBefore(t *testing.T) {
+	p := &pipe{smoothed: trip, now: time.Unix(1000, 0), rate: 10e6 / 8, average: 200}
+	p.pass(time.Second, 1) // 1.9 Mbit/s
+	if rate := 8 * p.w.rate(); rate < 1.7e6 || rate > 2.1e6 || p.w.slow != 0 {
+		t.Errorf("of 1.9 Mbit/s in long segments, after many short ones, %.0f bit/s are seen to arrive, slow %d", rate, p.w.slow)
 	}
 }

@@ -228,7 +228,7 @@ func (c *chooser) fallBack(v view, o *orders) {
 var wayAtHand = [wire.WaysEnd]string{
 	wire.WayDatagram: "it is at hand; sealed packets are being tried",
 	wire.WaySealed:   "it is at hand",
-	wire.WayLanes:    "UDP does not pass, or is not allowed to be used",
+	wire.WayLanes:    "UDP does not pass",
 }
 
 // noSealed is why where there is nothing to try.
@@ -403,7 +403,7 @@ func (c *chooser) try(v view, o *orders) {
 	case passes && c.way == wire.WayLanes && c.again[t].narrow:
 		c.trial.load, c.trial.trip = v.now, s.RTT
 	case passes:
-		c.turn(v, o, fmt.Sprintf("probes of it were answered in %v", took.Round(time.Millisecond)))
+		c.turn(v, o, "probes of it were answered in "+inWords(took))
 	case took >= trialTime:
 		a := &c.again[t]
 		first, most := udpAgain, maxUDPAgain
@@ -480,6 +480,14 @@ func (c *chooser) ask(v view, o *orders) {
 		o.load, o.begin = min(more, loadMost), len(t.asked) == 0
 		t.asked = append(t.asked, asked{v.now, before + o.load})
 	}
+}
+
+// inWords is a duration as people are told it.
+func inWords(d time.Duration) string {
+	if d < time.Millisecond {
+		return "less than 1ms"
+	}
+	return d.Round(time.Millisecond).String()
 }
 
 func later(a, b time.Time) time.Time {

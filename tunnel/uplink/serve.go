@@ -430,6 +430,9 @@ func (r *run) step(now time.Time) time.Duration {
 	}
 	was, alsoBefore, doubt := r.choose.way, r.choose.also, r.choose.doubt
 	o := r.choose.step(v)
+	if r.udp == nil && o.why == wayAtHand[wire.WayLanes] {
+		o.why = fmt.Sprintf("mode is %s", r.mode)
+	}
 	if o.first != was || o.also != alsoBefore {
 		r.at.Use(o.first, o.also)
 	}
@@ -484,6 +487,7 @@ func (r *run) changed(now time.Time, v view, was wire.Way, doubt time.Time, o or
 		if c.LostUp = r.vain; now.Sub(old.Heard) < deaf { // only our direction is shut
 			c.LostUp = old.Unproved
 		}
+		r.at.Told(was)
 	}
 	if was != wire.NoWay {
 		c.From = was.String()

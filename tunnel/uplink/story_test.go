@@ -105,6 +105,45 @@ func TestUDPThatGoesAndComesIsTold(t *testing.T) {
 	})
 }
 
+// blocked is a dialer whose packets are refused at once.
+type blocked struct{ tunnel.Dialer }
+
+func (blocked) Dial(context.Context, string) (tunnel.Candidate, error) {
+	return nil, tunnel.Errorf(tunnel.UDPBlocked, "blocked")
+}
+
+func TestWhyLanesAreUsedIsTold(t *testing.T) {
+	for mode, why := range map[tunnel.Mode]string{tunnel.ModeTCP: "mode is tcp", tunnel.ModeAuto: "UDP does not pass"} {
+		tell(t, mode, func(c *Config) { // QUIC finds nobody
+			c.QUIC = blocked{c.QUIC}
+		}, false, func(t *testing.T, s *story) {
+			if got := s.r.up(); got.Way != wire.WayLanes.String() || got.WayWhy != why {
+				t.Errorf("mode %s: datagrams go by %s: %s, want %s", mode, got.Way, got.WayWhy, why)
+			}
+		})
+	}
+}
+
+func TestWhatAWayLostIsNotToldAgainWhenItsConnectionEnds(t *testing.T) {
+	tell(t, tunnel.ModeAuto, nil, true, func(t *testing.T, s *story) {
+		s.network.udp.Store(true)
+		for s.r.up().Way != wire.WayLanes.String() {
+			time.Sleep(10 * ms)
+		}
+		s.f.nets["quic"].Cut()
+		c := s.r.toldTo(tunnel.ChangedDatagrams, "sealed", "lanes", tunnel.UDPBlocked)
+		costs(t, c, [2]time.Duration{550 * ms, 1000 * ms}, [2]uint64{20, 50}, [2]uint64{0, 5})
+		time.Sleep(10 * time.Second)
+		var up uint64
+		for _, c := range s.r.changes() {
+			up += c.LostUp
+		}
+		if up != c.LostUp {
+			t.Errorf("%d lost on their way up are told in all, %d with the change that cost them", up, c.LostUp)
+		}
+	})
+}
+
 func TestSealedPacketsThatDoNotPassAreTold(t *testing.T) {
 	for name, direction := range map[string]func(*network){
 		"both ways": func(*network) {},

@@ -431,7 +431,7 @@ func (u *Uplink) race(ctx context.Context, mode tunnel.Mode, address string) (tu
 }
 
 func raceWon(kind string, took time.Duration, both bool, quicErr error) string {
-	ms := took.Round(time.Millisecond)
+	ms := inWords(took)
 	switch {
 	case kind == "quic" && !both:
 		return fmt.Sprintf("QUIC answered in %v", ms)

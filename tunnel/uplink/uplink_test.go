@@ -44,6 +44,7 @@ func TestTLSIsTriedWhenQUICsHeadStartIsOver(t *testing.T) {
 		why  string
 	}{
 		"QUIC is silent":           {silent, []time.Duration{150 * time.Millisecond}, "tls", "UDP had not answered"},
+		"QUIC answers at once":     {func(context.Context) error { return nil }, nil, "quic", "QUIC answered in less than 1ms"},
 		"QUIC answers at 149 ms":   {func(context.Context) error { time.Sleep(149 * time.Millisecond); return nil }, nil, "quic", "QUIC answered in 149ms"},
 		"QUIC fails before":        {func(context.Context) error { time.Sleep(30 * time.Millisecond); return tunnel.UDPBlocked }, []time.Duration{30 * time.Millisecond}, "tls", "QUIC failed (udp_blocked)"},
 		"QUIC answers before TLS":  {func(context.Context) error { time.Sleep(160 * time.Millisecond); return nil }, []time.Duration{150 * time.Millisecond}, "quic", "before TLS over TCP"},
