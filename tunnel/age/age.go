@@ -12,8 +12,9 @@ import "time"
 // The window lets it follow clocks that drift, and a path that has become
 // longer for good. What it can not know: how long the shortest way itself
 // takes; that a queue has been standing on the path since the first record,
-// or for more than the window; a delay of more than 32 s, which looks like one
-// that is 65.536 s shorter (the send time's range). After a silence longer than
+// or for more than the window; a delay of more than 49 s (Range), which looks like
+// one that is 65.536 s shorter (the send time's range). That is more than half, as
+// a process can stand still for long, and a way never becomes so much shorter. After a silence longer than
 // the window the last smallest offset is used on, raised by what a clock may
 // have drifted, so that what was held up for the whole silence is still late.
 //
@@ -24,8 +25,9 @@ type Ages struct {
 	known bool
 }
 
-// Range is what the age of a record can be told up to: half of the send time's.
-const Range = 1 << 15 * time.Millisecond
+// Range is what the age of a record can be told up to: three quarters of the send
+// time's.
+const Range = 3 << 14 * time.Millisecond
 
 type offset struct {
 	ms  int64
@@ -52,9 +54,13 @@ func (a *Ages) Of(arrival time.Duration, sent uint16) time.Duration {
 	}
 	a.turn(int64(arrival / span))
 	base := a.smallest()
-	// The offset is what lies within 32 s of the base and equals arrival -
-	// send time modulo 65,536.
-	now := base + int64(int16(uint16(ms)-sent-uint16(base)))
+	// The offset is what lies between 16 s below the base and 49 s above it, and
+	// equals arrival - send time modulo 65,536.
+	above := int64(uint16(ms) - sent - uint16(base))
+	if above >= Range.Milliseconds() {
+		above -= 1 << 16
+	}
+	now := base + above
 	if slot := &a.least[a.part%parts]; !slot.set || now < slot.ms {
 		*slot = offset{now, true}
 	}

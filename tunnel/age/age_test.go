@@ -21,6 +21,8 @@ func TestAgeIsTheDelayBeyondTheShortestLately(t *testing.T) {
 		{"the sender's clock wraps", 65_500 * ms, 0, []record{{0, 70 * ms, 0}, {50 * ms, 270 * ms, 200 * ms}, {90 * ms, 70 * ms, 0}}},
 		{"our clock wraps", -30 * s, 0, []record{{65_530 * ms, 0, 0}, {65_540 * ms, 90 * ms, 90 * ms}}},
 		{"a delay of 31 s is seen, less what the clocks may have drifted", 0, 0, []record{{0, 70 * ms, 0}, {20 * ms, 31070 * ms, 30994 * ms}}},
+		{"what was held up while a process stood still for 45 s is late", 0, 0, []record{{0, 70 * ms, 0}, {20 * ms, 45070 * ms, 44991 * ms}}},
+		{"a way that was 15 s longer at first is the base no more", 0, 0, []record{{0, 15070 * ms, 0}, {15100 * ms, 70 * ms, 0}, {15200 * ms, 270 * ms, 200 * ms}}},
 		{"a longer way is late for the window, then the base", 0, 0, []record{
 			{0, 70 * ms, 0}, {1 * s, 270 * ms, 200 * ms}, {24 * s, 270 * ms, 200 * ms}, {31 * s, 270 * ms, 0}}},
 		{"held up for a silence longer than the window is late", 0, 0, []record{
