@@ -26,6 +26,7 @@ type Config struct {
 	Control         func(network, address string, c syscall.RawConn) error
 	MaxAge          time.Duration // how long a datagram from outside may wait in a socket until it is dropped; 0: for ever
 	MaxAssociations int           // of all sessions together; 0: 100,000. Where the process may open fewer files: 80 % of these
+	MaxStreams      int           // the same of TCP connections; 0: 50,000. Where the process may open fewer files: 15 % of these
 }
 
 // Stats are counters since New, and live figures.
@@ -63,6 +64,7 @@ type Egress struct {
 	closed  bool
 	assocs  map[*association]struct{}
 	streams map[*stream]struct{}
+	dialing int // streams that are to be
 	ports   map[mapping]*socket
 }
 
@@ -81,8 +83,8 @@ func New(cfg Config) (*Egress, error) {
 	if cfg.Local6.IsValid() && (!cfg.Local6.Is6() || cfg.Local6.Is4In6()) {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Local6: %s is not an IPv6 address", cfg.Local6)
 	}
-	if cfg.Idle < 0 || cfg.DialTimeout < 0 || cfg.MaxAge < 0 || cfg.MaxAssociations < 0 {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Idle, DialTimeout, MaxAge and MaxAssociations can not be negative")
+	if cfg.Idle < 0 || cfg.DialTimeout < 0 || cfg.MaxAge < 0 || cfg.MaxAssociations < 0 || cfg.MaxStreams < 0 {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Idle, DialTimeout, MaxAge, MaxAssociations and MaxStreams can not be negative")
 	}
 	if cfg.Idle == 0 {
 		cfg.Idle = 2 * time.Minute
@@ -93,10 +95,14 @@ func New(cfg Config) (*Egress, error) {
 	if cfg.MaxAssociations == 0 {
 		cfg.MaxAssociations = 100000
 	}
+	if cfg.MaxStreams == 0 {
+		cfg.MaxStreams = 50000
+	}
 	if n := maxFiles(); n > 0 {
 		// An association takes one descriptor, with both families two. The rest is
-		// for streams, listeners and lookups.
+		// for the sidecars' connections, listeners and lookups.
 		cfg.MaxAssociations = min(cfg.MaxAssociations, max(n/5*4, 1))
+		cfg.MaxStreams = min(cfg.MaxStreams, max(n/20*3, 1))
 	}
 	e := &Egress{
 		cfg: cfg, epoch: time.Now(), stop: make(chan struct{}),
@@ -235,6 +241,29 @@ func (e *Egress) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target
 	if err := check(to); err != nil {
 		return nil, err
 	}
+	e.mu.Lock()
+	if len(e.streams)+e.dialing >= e.cfg.MaxStreams {
+		e.mu.Unlock()
+		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy has its limit of %d TCP connections of all sidecars; close some, or have egress.streams and the limit of open files raised there", e.cfg.MaxStreams)
+	}
+	e.dialing++
+	e.mu.Unlock()
+	s, err := e.dial(ctx, to)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.dialing--
+	switch {
+	case err != nil:
+		return nil, err
+	case e.closed:
+		s.TCPConn.Close()
+		return nil, errStopped
+	}
+	e.streams[s] = struct{}{}
+	return s, nil
+}
+
+func (e *Egress) dial(ctx context.Context, to tunnel.Target) (*stream, error) {
 	d := net.Dialer{
 		Timeout:         e.cfg.DialTimeout,
 		Control:         e.cfg.Control,
@@ -254,15 +283,7 @@ func (e *Egress) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target
 		}
 		return nil, explain(to.String(), err)
 	}
-	s := &stream{TCPConn: c.(*net.TCPConn), e: e}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		s.TCPConn.Close()
-		return nil, errStopped
-	}
-	e.streams[s] = struct{}{}
-	return s, nil
+	return &stream{TCPConn: c.(*net.TCPConn), e: e}, nil
 }
 
 // stream is a TCP connection.

@@ -336,6 +336,22 @@ func dialPair(t *testing.T, e *Egress) (tunnel.Stream, *net.TCPConn) {
 	return s, c.(*net.TCPConn)
 }
 
+func TestStreamsOfAllSessionsAreBounded(t *testing.T) {
+	e := newEgress(t, Config{MaxStreams: 1})
+	s, c := dialPair(t, e)
+	to := tunnel.TargetOf(c.LocalAddr().(*net.TCPAddr).AddrPort())
+	if _, err := e.OpenStream(t.Context(), tunnel.Peer{}, to); tunnel.CodeOf(err) != tunnel.LimitExceeded {
+		t.Errorf("one more: %v", err)
+	}
+	s.Close()
+	dead, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := e.OpenStream(dead, tunnel.Peer{}, to); err == nil || tunnel.CodeOf(err) == tunnel.LimitExceeded {
+		t.Errorf("where the app has left: %v", err)
+	}
+	dialPair(t, e) // what has ended or failed counts no longer
+}
+
 func TestStreams(t *testing.T) {
 	e := newEgress(t, Config{})
 	t.Run("half-close", func(t *testing.T) {

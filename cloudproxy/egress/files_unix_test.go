@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-func TestAssociationsLeaveDescriptorsForTheRest(t *testing.T) {
+func TestAssociationsAndStreamsLeaveDescriptorsForTheRest(t *testing.T) {
 	var was syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &was); err != nil {
 		t.Fatal(err)
@@ -17,10 +17,11 @@ func TestAssociationsLeaveDescriptorsForTheRest(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	for _, c := range []struct{ files, asked, want int }{
-		{200, 0, 160},
-		{200, 1000, 160},
-		{200, 100, 100},
+	for _, c := range []struct{ files, asked, want, streams int }{
+		{200, 0, 160, 30},
+		{200, 1000, 160, 30},
+		{200, 100, 100, 30},
+		{200, 20, 20, 20},
 	} {
 		now := was
 		now.Cur = 0
@@ -30,8 +31,8 @@ func TestAssociationsLeaveDescriptorsForTheRest(t *testing.T) {
 		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &now); err != nil {
 			t.Fatal(err)
 		}
-		if e := newEgress(t, Config{MaxAssociations: c.asked}); e.cfg.MaxAssociations != c.want {
-			t.Errorf("%d associations with %d files and %d configured, want %d", e.cfg.MaxAssociations, c.files, c.asked, c.want)
+		if e := newEgress(t, Config{MaxAssociations: c.asked, MaxStreams: c.asked}); e.cfg.MaxAssociations != c.want || e.cfg.MaxStreams != c.streams {
+			t.Errorf("%d associations and %d streams with %d files and %d of each configured, want %d and %d", e.cfg.MaxAssociations, e.cfg.MaxStreams, c.files, c.asked, c.want, c.streams)
 		}
 	}
 }

@@ -357,6 +357,7 @@ func (c *carrier) converse(y *yamux.Stream) {
 			}
 		}
 		for _, y := range over {
+			y.Shrink() // the peer may never close it
 			y.Close()
 			c.frames.unread.leave(y.StreamID())
 		}

@@ -211,12 +211,18 @@ func (u *unread) took(id uint32, n int) {
 	}
 }
 
-// leave says that this end has closed a stream in yamux.
+// leave says that this end has closed a stream in yamux, and given its buffer back
+// where that was empty.
 func (u *unread) leave(id uint32) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if k := u.piles[id]; k != nil {
 		k.left = true
+		if k.bytes == 0 {
+			u.idle -= k.most
+			u.giveLocked(k.most)
+			k.most = 0
+		}
 		u.forgetLocked(id, k)
 	}
 }

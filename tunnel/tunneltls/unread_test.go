@@ -197,6 +197,17 @@ func TestWhatIsUnreadFollowsTheFrames(t *testing.T) {
 			says(10, 1)
 			come(frame(1, 8, 9, 0))
 			says(0, 0)
+			u.open(11)
+			come(frame(0, 0, 11, 10))
+			u.took(11, 10)
+			says(10, 1)
+			u.leave(11)
+			says(0, 1)
+			come(frame(1, 4, 11, 0))
+			says(0, 0)
+			if u.idle != 0 {
+				t.Errorf("%d bytes of empty buffers are counted, and there are none", u.idle)
+			}
 		})
 	}
 	if got := cfg.unread.Load(); got != 0 {

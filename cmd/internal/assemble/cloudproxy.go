@@ -107,7 +107,7 @@ func egressConfig(c *config.Egress) (egress.Config, error) {
 		return egress.Config{}, err
 	}
 	public, err := c.PublicAddrs()
-	return egress.Config{Local4: v4, Local6: v6, Public: public, Idle: time.Duration(c.Idle), MaxAssociations: c.Associations}, err
+	return egress.Config{Local4: v4, Local6: v6, Public: public, Idle: time.Duration(c.Idle), MaxAssociations: c.Associations, MaxStreams: c.Streams}, err
 }
 
 // NewCloudProxy makes the cloud proxy:

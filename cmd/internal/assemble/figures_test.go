@@ -60,11 +60,11 @@ func TestNothingIsLoggedOfACloudProxyThatNobodyUsed(t *testing.T) {
 }
 
 func TestEgressIsAsConfigured(t *testing.T) {
-	c, err := egressConfig(&config.Egress{IPv4: "192.0.2.1", IPv6: "2001:db8::1", Public: config.List{"198.51.100.5", "2001:db8::5"}, Idle: config.Duration(time.Minute), Associations: 7})
+	c, err := egressConfig(&config.Egress{IPv4: "192.0.2.1", IPv6: "2001:db8::1", Public: config.List{"198.51.100.5", "2001:db8::5"}, Idle: config.Duration(time.Minute), Associations: 7, Streams: 8})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Local4 != netip.MustParseAddr("192.0.2.1") || c.Local6 != netip.MustParseAddr("2001:db8::1") || c.Idle != time.Minute || c.MaxAssociations != 7 ||
+	if c.Local4 != netip.MustParseAddr("192.0.2.1") || c.Local6 != netip.MustParseAddr("2001:db8::1") || c.Idle != time.Minute || c.MaxAssociations != 7 || c.MaxStreams != 8 ||
 		len(c.Public) != 2 || c.Public[0] != netip.MustParseAddr("198.51.100.5") || c.Public[1] != netip.MustParseAddr("2001:db8::5") {
 		t.Errorf("%+v", c)
 	}

@@ -51,6 +51,7 @@ type Egress struct {
 	Public       List     `yaml:"public,omitempty"`       // addresses of this host that it does not hold, as behind a 1:1 NAT
 	Idle         Duration `yaml:"idle,omitempty"`         // when an unheld UDP association ends; 2m
 	Associations int      `yaml:"associations,omitempty"` // of all sessions together
+	Streams      int      `yaml:"streams,omitempty"`      // of all sessions together
 }
 
 // Addrs returns the addresses; invalid ones are not configured.
@@ -160,7 +161,7 @@ func (c *CloudProxy) Check() error {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %d is not a number of MiB up to %d", name, n, maxStreamMemory)
 		}
 	}
-	for name, n := range map[string]int{"limits.associations": c.Limits.Associations, "limits.streams": c.Limits.Streams, "limits.opens_per_second": c.Limits.OpensPerSecond, "egress.associations": c.Egress.Associations} {
+	for name, n := range map[string]int{"limits.associations": c.Limits.Associations, "limits.streams": c.Limits.Streams, "limits.opens_per_second": c.Limits.OpensPerSecond, "egress.associations": c.Egress.Associations, "egress.streams": c.Egress.Streams} {
 		if n < 0 {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %d is negative", name, n)
 		}
