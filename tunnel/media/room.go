@@ -77,12 +77,15 @@ type Room struct {
 	bytes   int // of buffers that wait
 	seated  int // seats where something waits
 	rate    float64
-	tokens  float64      // bytes that may leave while shaped; less than 0: overdrawn
-	filled  time.Time    // when tokens were counted
-	next    [classes]int // the outlet whose turn it is while shaped
-	share   [classes]int // datagrams that it may still send in its turn
-	timer   *time.Timer
-	armed   bool
+	// tokens are the bytes that a class may send while the room is shaped; less
+	// than 0: overdrawn. What a class sends is taken from those behind it as well: a
+	// voice has all of the rate, and does not wait because a picture has overdrawn it.
+	tokens [classes]float64
+	filled time.Time    // when tokens were counted
+	next   [classes]int // the outlet whose turn it is while shaped
+	share  [classes]int // datagrams that it may still send in its turn
+	timer  *time.Timer
+	armed  bool
 }
 
 var rooms atomic.Uint32
@@ -303,7 +306,7 @@ func (r *Room) admit(l *Line, m mark, record []byte, failed *outlet) error {
 	case r.rate > 0 && l == &r.own && s.waiting == 0 && !o.blocked && o.way.Send(record) == nil:
 		// A notice counts, but the shape does not hold it up: it is what ends the shape.
 		r.refillLocked(now)
-		r.tokens -= float64(len(record))
+		r.takeTokens(0, len(record))
 		return nil
 	}
 	r.putLocked(s, m, record, now)
@@ -613,7 +616,7 @@ func (r *Room) pumpLocked(now time.Time) {
 // many datagrams as there are seats in its ring: else the first would take all that
 // may leave.
 func (r *Room) shareLocked(c int, now time.Time) {
-	for idle := 0; idle < len(r.outlets) && r.tokens > 0; {
+	for idle := 0; idle < len(r.outlets) && r.tokens[c] > 0; {
 		o := r.outlets[r.next[c]%len(r.outlets)]
 		if r.share[c] == 0 {
 			r.share[c] = o.rings[c].seats
@@ -635,7 +638,7 @@ func (r *Room) shareLocked(c int, now time.Time) {
 // datagrams have left, and returns how many have.
 func (r *Room) serveLocked(o *outlet, c, most int, now time.Time) (sent int) {
 	g := &o.rings[c]
-	for g.head != nil && sent < most && !o.blocked && !o.failed && (r.rate == 0 || r.tokens > 0) {
+	for g.head != nil && sent < most && !o.blocked && !o.failed && (r.rate == 0 || r.tokens[c] > 0) {
 		s := g.head
 		if r.expireLocked(s, now); g.head != s {
 			continue
@@ -658,7 +661,7 @@ func (r *Room) serveLocked(o *outlet, c, most int, now time.Time) (sent int) {
 		}
 		sent++
 		q.deficit -= len(p)
-		r.tokens -= float64(len(p))
+		r.takeTokens(c, len(p))
 		it := r.takeLocked(s, c, nil)
 		switch {
 		case errors.Is(err, tunnel.ErrTooLarge):
@@ -744,8 +747,10 @@ func (r *Room) settleLocked(now time.Time) {
 		d = min(d, patience/4)
 	}
 	if r.rate > 0 {
-		if r.tokens <= 0 {
-			d = min(d, time.Duration((1-r.tokens)*8/r.rate*float64(time.Second)))
+		for _, t := range r.tokens {
+			if t <= 0 {
+				d = min(d, time.Duration((1-t)*8/r.rate*float64(time.Second)))
+			}
 		}
 		d = max(d, time.Millisecond)
 	}
@@ -797,8 +802,17 @@ func (r *Room) refillLocked(now time.Time) {
 		return
 	}
 	most := max(r.rate/8*burst.Seconds(), quantum)
-	r.tokens = min(most, r.tokens+r.rate/8*now.Sub(r.filled).Seconds())
+	for c := range r.tokens {
+		r.tokens[c] = min(most, r.tokens[c]+r.rate/8*now.Sub(r.filled).Seconds())
+	}
 	r.filled = now
+}
+
+// takeTokens counts what a class has sent.
+func (r *Room) takeTokens(class, bytes int) {
+	for c := class; c < classes; c++ {
+		r.tokens[c] -= float64(bytes)
+	}
 }
 
 // Shape bounds what leaves to so many bits a second, in bursts of at most 20 ms
@@ -810,7 +824,7 @@ func (r *Room) Shape(bitsPerSecond float64) {
 	now := time.Now()
 	r.refillLocked(now)
 	if r.rate == 0 {
-		r.tokens = 0
+		clear(r.tokens[:])
 	}
 	r.rate, r.filled = max(0, bitsPerSecond), now
 	if r.armed && r.timer.Stop() {

@@ -633,6 +633,44 @@ func TestAShapedRoomKeepsToItsRate(t *testing.T) {
 	})
 }
 
+// At 100 kbit/s a picture's packet takes the rate of 95 ms: a voice that had to wait
+// until that is paid for would be late each time.
+func TestAVoiceDoesNotWaitBecauseAPictureHasOverdrawnTheRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, g, _ := newTestRoom(0)
+		var call Line
+		audio, video := &source{ssrc: 1}, &source{ssrc: 2}
+		r.Shape(100_000)
+		late, total := 0, 0
+		for i := range 1000 { // 20 s: 50 kbit/s of sound
+			p := audio.next(125, true)
+			r.Send(&call, p, p)
+			passed := false
+			for range 2 { // in 10 ms
+				if i%5 == 0 {
+					p := video.next(1200, true)
+					r.Send(&call, p, p)
+				}
+				time.Sleep(5 * time.Millisecond)
+				for _, q := range g.take() {
+					total += len(q)
+					passed = passed || len(q) == len(p) && len(p) < 300
+				}
+			}
+			if !passed {
+				late++
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if late > 10 {
+			t.Errorf("%d of 1,000 sound packets had not left after 10 ms", late)
+		}
+		if rate := float64(total) * 8 / 20; rate < 90_000 || rate > 102_000 {
+			t.Errorf("sent %.0f bit/s", rate)
+		}
+	})
+}
+
 func TestAssociationsOfAllOutletsShareAShapedRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, first, _ := newTestRoom(0)

@@ -284,15 +284,20 @@ type laden interface {
 func (y *way) weighLocked(now time.Time) {
 	out, seen := &y.out, media.Seen{Yields: y.plane.pacer.Gives()}
 	known := false
+	held, told := 0.0, 0.0
 	for _, o := range y.outlets {
 		if l, ok := o.Way.(laden); ok {
 			rate, queue, ok := l.Load()
 			seen.Received += rate
 			if ok {
 				known = true
-				seen.Delay = max(seen.Delay, queue)
+				told += rate
+				held += rate * queue.Seconds()
 			}
 		}
+	}
+	if told > 0 { // of a usual byte: a lane by which hardly anything goes knows little
+		seen.Delay = time.Duration(held / told * float64(time.Second))
 	}
 	offered := y.offered.Load()
 	if took := now.Sub(out.weighed); took >= span {

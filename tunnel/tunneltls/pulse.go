@@ -127,7 +127,7 @@ func (w *lane) Load() (rate float64, queue time.Duration, ok bool) {
 		return 0, 0, false
 	}
 	w.freshLocked(time.Now())
-	return 8 * w.window.rate(), w.window.queue(), w.window.least > 0
+	return 8 * w.window.rate(), w.window.queue(), w.window.tells()
 }
 
 // fullRecord is a datagram of a usual packet, with its header, in bytes.

@@ -35,6 +35,7 @@ type window struct {
 	past    [rounds]round
 	peak    float64       // bytes in the best round of late
 	slow    int           // rounds in a row
+	idle    int           // rounds in a row in which nothing was on its way
 	trip    time.Duration // smoothed
 	least   time.Duration // the shortest
 	segment int
@@ -59,6 +60,11 @@ func (w *window) look(now time.Time, is progress, flight int) {
 		r := round{float64(is.arrived() - min(w.arrived, is.arrived())), took}
 		w.past[0] = r
 		w.peak = max(r.bytes, w.peak*peakLeft)
+		if r.bytes == 0 && w.flight == 0 {
+			w.idle++ // and the round trip is that of long ago
+			break
+		}
+		w.idle = 0
 		if w.queue() > queued || is.segment > 0 && w.flight > 4*is.segment && r.bytes < float64(w.flight)/2 {
 			w.slow++
 		} else {
@@ -76,6 +82,9 @@ func (w *window) queue() time.Duration {
 	}
 	return max(0, w.trip-w.least)
 }
+
+// tells reports whether the queue is one of late.
+func (w *window) tells() bool { return w.least > 0 && w.idle < rounds }
 
 // rate is how many bytes a second have arrived of late.
 func (w *window) rate() float64 {

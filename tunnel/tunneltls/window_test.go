@@ -105,3 +105,27 @@ func TestAWindowCountsBytesWhateverTheSegmentsWereBefore(t *testing.T) {
 		t.Errorf("of 1.9 Mbit/s in long segments, after many short ones, %.0f bit/s are seen to arrive, slow %d", rate, p.w.slow)
 	}
 }
+
+// A kernel's round trip stays what it was when something was last sent.
+func TestALaneByWhichNothingGoesTellsNoQueue(t *testing.T) {
+	const mbit = 1e6 / 8
+	p := &pipe{smoothed: trip, now: time.Unix(1000, 0), rate: .3 * mbit}
+	p.pass(3*time.Second, .3)
+	if !p.w.tells() || p.w.queue() == 0 {
+		t.Fatalf("a full lane tells nothing: %v", p.w.queue())
+	}
+	slow := p.w.slow
+	p.pass(time.Second, 0)
+	p.now = p.now.Add(time.Second)
+	p.pass(time.Second, 0)
+	if p.w.tells() {
+		t.Errorf("a second after the last packet it tells %v", p.w.queue())
+	}
+	if p.w.slow > slow+20 {
+		t.Errorf("it was slow in %d rounds in which nothing was sent", p.w.slow-slow)
+	}
+	p.pass(300*time.Millisecond, .1)
+	if !p.w.tells() {
+		t.Error("it tells nothing though it is used again")
+	}
+}
