@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -131,7 +132,7 @@ func checkedTemplate(t *testing.T, selector *metav1.LabelSelector, template core
 	return template.Spec
 }
 
-func TestNothingIsPrivileged(t *testing.T) {
+func TestNothingIsPrivilegedBeyondItsNeed(t *testing.T) {
 	for name, pod := range pods(t) {
 		s := pod.SecurityContext
 		if s == nil || s.RunAsNonRoot == nil || !*s.RunAsNonRoot || s.RunAsUser == nil || *s.RunAsUser == 0 {
@@ -147,6 +148,7 @@ func TestNothingIsPrivileged(t *testing.T) {
 			t.Errorf("%s: the pod needs no service account token", name)
 		}
 		for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+			may := privileges[name+" "+c.Name]
 			s := c.SecurityContext
 			switch {
 			case s == nil:
@@ -154,18 +156,28 @@ func TestNothingIsPrivileged(t *testing.T) {
 				continue
 			case s.Privileged != nil && *s.Privileged:
 				t.Errorf("%s: container %s is privileged", name, c.Name)
-			case s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation:
-				t.Errorf("%s: container %s may gain privileges", name, c.Name)
+			case s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation != may.escalate:
+				t.Errorf("%s: container %s: allowPrivilegeEscalation must be %t", name, c.Name, may.escalate)
 			case s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem:
 				t.Errorf("%s: container %s may write to its image", name, c.Name)
-			case s.Capabilities == nil || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || len(s.Capabilities.Add) > 0:
-				t.Errorf("%s: container %s must drop ALL capabilities and add none", name, c.Name)
+			case s.Capabilities == nil || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || !slices.Equal(s.Capabilities.Add, may.capabilities):
+				t.Errorf("%s: container %s must drop ALL capabilities and add %q", name, c.Name, may.capabilities)
 			}
-			if s.RunAsUser != nil && *s.RunAsUser == 0 {
-				t.Errorf("%s: container %s runs as root", name, c.Name)
+			if root := s.RunAsUser != nil && *s.RunAsUser == 0; root != may.root {
+				t.Errorf("%s: container %s runs as root: %t, want %t", name, c.Name, root, may.root)
 			}
 		}
 	}
+}
+
+// privileges are what containers need beyond none.
+var privileges = map[string]struct {
+	root, escalate bool
+	capabilities   []corev1.Capability
+}{
+	"sidecar-capture.yaml app capture": {root: true, capabilities: []corev1.Capability{"NET_ADMIN"}},
+	// A file capability counts only with escalation, see the manifest.
+	"sidecar-capture.yaml app culvert": {escalate: true, capabilities: []corev1.Capability{"NET_RAW"}},
 }
 
 func TestVolumesFitTogether(t *testing.T) {
@@ -185,16 +197,69 @@ func TestVolumesFitTogether(t *testing.T) {
 }
 
 func TestSidecarIsNativeAndTheAppWaitsForItsCall(t *testing.T) {
-	deployments := all[*appsv1.Deployment](manifest(t, "sidecar.yaml"))
+	for file, inits := range map[string]int{"sidecar.yaml": 1, "sidecar-capture.yaml": 2} {
+		t.Run(file, func(t *testing.T) { nativeAndWaitedFor(t, appPod(t, file, inits)) })
+	}
+}
+
+// appPod returns the pod of a manifest with one Deployment.
+func appPod(t *testing.T, file string, inits int) corev1.PodSpec {
+	t.Helper()
+	deployments := all[*appsv1.Deployment](manifest(t, file))
 	if len(deployments) != 1 {
-		t.Fatalf("sidecar.yaml has %d deployments, want 1", len(deployments))
+		t.Fatalf("%s has %d deployments, want 1", file, len(deployments))
 	}
 	pod := deployments["app"].Spec.Template.Spec
-
-	if len(pod.InitContainers) != 1 {
-		t.Fatalf("there are %d init containers, want the sidecar alone", len(pod.InitContainers))
+	if len(pod.InitContainers) != inits {
+		t.Fatalf("%s has %d init containers, want %d", file, len(pod.InitContainers), inits)
 	}
-	sidecar := pod.InitContainers[0]
+	return pod
+}
+
+func TestCaptureSparesTheSidecarAndTheCluster(t *testing.T) {
+	pod := appPod(t, "sidecar-capture.yaml", 2)
+	rules, sidecar := pod.InitContainers[0], pod.InitContainers[1]
+	if rules.RestartPolicy != nil || rules.Image != sidecar.Image {
+		t.Error("the rules must be set by an init container that ends, from the sidecar's image")
+	}
+	if len(rules.Args) < 2 || !slices.Equal(rules.Args[:2], []string{"capture", "on"}) {
+		t.Fatalf("the init container runs %q; it must be culvert capture on", rules.Args)
+	}
+	for _, flag := range []string{"--all", "--without-sidecar"} {
+		if !slices.Contains(rules.Args, flag) {
+			t.Errorf("culvert capture on must have %s", flag)
+		}
+	}
+	user := sidecar.SecurityContext.RunAsUser
+	if user == nil || after(rules.Args, "--sidecar-user") != fmt.Sprint(*user) {
+		t.Errorf("--sidecar-user must be the user that the sidecar runs as, %v", user)
+	}
+	for _, c := range pod.Containers {
+		as := pod.SecurityContext.RunAsUser
+		if c.SecurityContext.RunAsUser != nil {
+			as = c.SecurityContext.RunAsUser
+		}
+		if user != nil && *as == *user {
+			t.Errorf("container %s runs as the sidecar's user, whose traffic is not captured", c.Name)
+		}
+	}
+	excepted := 0
+	for i, arg := range rules.Args {
+		if arg != "--except" {
+			continue
+		}
+		excepted++
+		if _, err := netip.ParsePrefix(rules.Args[i+1]); err != nil {
+			t.Errorf("--except: %v", err)
+		}
+	}
+	if excepted == 0 {
+		t.Error("the cluster's own ranges must be left alone (--except), its DNS among them")
+	}
+}
+
+func nativeAndWaitedFor(t *testing.T, pod corev1.PodSpec) {
+	sidecar := pod.InitContainers[len(pod.InitContainers)-1]
 	if sidecar.RestartPolicy == nil || *sidecar.RestartPolicy != corev1.ContainerRestartPolicyAlways {
 		t.Error("the sidecar must have restartPolicy: Always, else the pod waits for it to end before the app starts")
 	}

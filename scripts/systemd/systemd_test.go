@@ -3,10 +3,12 @@
 package systemd
 
 import (
+	"bytes"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -14,6 +16,9 @@ import (
 
 // limit is what the exposure of a unit must stay below; systemd's scale goes from 0 to 10.
 const limit = 2.0
+
+// setsRules is the unit in the variant of culvert-capture.conf with CAP_NET_ADMIN.
+const setsRules = "culvert.service that captures and sets the rules"
 
 var units = []string{"culvert.service", "culvert-cloudproxy.service"}
 
@@ -30,12 +35,64 @@ func TestUnitsAreVerified(t *testing.T) {
 	}
 }
 
+// Rules must go however the sidecar ends, and it must get no more than it uses.
+func TestCaptureDropIn(t *testing.T) {
+	analyze := analyze(t)
+	text, err := os.ReadFile("culvert-capture.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for line := range strings.Lines(string(text)) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+			lines = append(lines, line)
+		}
+	}
+	want := []string{
+		"[Service]",
+		"CapabilityBoundingSet=CAP_NET_RAW",
+		"AmbientCapabilities=CAP_NET_RAW",
+		"ExecStartPre=+-/usr/bin/culvert capture off",
+		"ExecStopPost=+/usr/bin/culvert capture off",
+	}
+	if !slices.Equal(lines, want) {
+		t.Errorf("culvert-capture.conf says %q, want %q", lines, want)
+	}
+
+	// The drop-in as systemd would find it.
+	file := installed(t, "culvert.service")
+	folder := file + ".d"
+	if err := os.Mkdir(folder, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.ReplaceAll(text, []byte("/usr/bin/culvert"), []byte(program))
+	if err := os.WriteFile(filepath.Join(folder, "culvert-capture.conf"), text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(analyze, "verify", "--man=no", "--generators=no", "--recursive-errors=no", file).CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze verify culvert.service with culvert-capture.conf: %v\n%s", err, out)
+	}
+}
+
 func TestUnitsAreConfined(t *testing.T) {
 	analyze := analyze(t)
 	overall := regexp.MustCompile(`Overall exposure level for .*: ([0-9.]+)`)
+	files := map[string]string{"culvert.service that captures": withCapture(t, false), setsRules: withCapture(t, true)}
 	for _, unit := range units {
+		files[unit] = fullName(t, unit)
+	}
+	for unit, file := range files {
+		limit := limit
+		if unit == setsRules {
+			limit += 0.1 // CAP_NET_ADMIN alone is 0.2 of it
+		}
 		t.Run(unit, func(t *testing.T) {
-			out, err := exec.Command(analyze, "security", "--offline=true", "--no-pager", fullName(t, unit)).CombinedOutput()
+			out, err := exec.Command(analyze, "security", "--offline=true", "--no-pager", file).CombinedOutput()
 			match := overall.FindSubmatch(out)
 			if match == nil {
 				t.Fatalf("systemd-analyze security %s told no exposure: %v\n%s", unit, err, out)
@@ -143,6 +200,28 @@ func installed(t *testing.T, unit string) string {
 	}
 	file := filepath.Join(t.TempDir(), unit)
 	if err := os.WriteFile(file, start.ReplaceAllLiteral(text, []byte("ExecStart="+program)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// withCapture is the sidecar's unit with its drop-in, in one file: what stands
+// later counts, or adds to a list, as it does in a drop-in.
+func withCapture(t *testing.T, admin bool) string {
+	t.Helper()
+	unit, err := os.ReadFile("culvert.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dropIn, err := os.ReadFile("culvert-capture.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if admin {
+		dropIn = regexp.MustCompile(`(?m)^#(\w+=CAP_NET_ADMIN)$`).ReplaceAll(dropIn, []byte("$1"))
+	}
+	file := filepath.Join(t.TempDir(), "culvert.service")
+	if err := os.WriteFile(file, append(append(unit, '\n'), dropIn...), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	return file

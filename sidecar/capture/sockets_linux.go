@@ -52,6 +52,7 @@ func Listen(port uint16, mark uint32) (_ *Sockets, err error) {
 			s.Close()
 		}
 	}()
+	raise()
 	if err := mayMark(); err != nil {
 		return nil, err
 	}

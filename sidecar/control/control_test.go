@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -323,4 +324,21 @@ func FuzzControl(f *testing.F) {
 			t.Fatalf("%d after %v", w.Code, b.calls)
 		}
 	})
+}
+
+// A container has no /etc/group.
+func TestTheGroupMayBeANumber(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.sock")
+	l, err := Listen(path, strconv.Itoa(os.Getgid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Mode().Perm() != 0o660 {
+		t.Errorf("the socket's mode is %v, want 0660", info.Mode())
+	}
 }

@@ -42,6 +42,9 @@ func Listen(path, group string) (net.Listener, error) {
 	mode, gid := fs.FileMode(0o600), -1
 	if group != "" {
 		g, err := user.LookupGroup(group)
+		if _, notNumber := strconv.ParseUint(group, 10, 31); err != nil && notNumber == nil {
+			g, err = &user.Group{Gid: group}, nil // as in a container, which has no /etc/group
+		}
 		if err != nil {
 			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "control.group: there is no group %s; create it or leave the field out: %w", group, err)
 		}
