@@ -99,6 +99,12 @@ func isCertificate(alert int) bool {
 	return alert >= alertBadCertificate && alert <= alertCertificateUnknown || alert == alertUnknownCA
 }
 
+// closed is net.ErrClosed, with a sentence of its own.
+type closed string
+
+func (c closed) Error() string        { return string(c) }
+func (c closed) Is(target error) bool { return target == net.ErrClosed }
+
 // endError puts the end of an established connection into words.
 func endError(err error, peer string) error {
 	var app *quic.ApplicationError
@@ -109,9 +115,9 @@ func endError(err error, peer string) error {
 	case errors.As(err, &app) && app.Remote && app.ErrorCode == codeRefused:
 		return tunnel.Errorf(tunnel.LimitExceeded, "%s can take no more connections now; try again later: %w", peer, err)
 	case errors.As(err, &app) && app.Remote && app.ErrorMessage != "":
-		return fmt.Errorf("the peer closed the connection: %q: %w", app.ErrorMessage, net.ErrClosed)
+		return closed(fmt.Sprintf("the peer closed the connection: %q", app.ErrorMessage))
 	case errors.As(err, &app) && app.Remote:
-		return fmt.Errorf("the peer closed the connection: %w", net.ErrClosed)
+		return closed("the peer closed the connection")
 	case errors.As(err, &idle):
 		return tunnel.Errorf(tunnel.TimedOut, "nothing came over UDP from %s for %v; the path or the peer is gone: %w", peer, idleTimeout, err)
 	case errors.As(err, &reset):

@@ -62,3 +62,10 @@ func TestAMissingRouteSaysLessThanAFirewallAndThisLessThanAnAnswer(t *testing.T)
 		t.Errorf("route %d, firewall %d, answer %d", route, firewall, answer)
 	}
 }
+
+func TestWhyAPeerHasClosedIsSaidInItsWordsAlone(t *testing.T) {
+	err := endError(&quic.ApplicationError{Remote: true, ErrorMessage: "the sidecar has stopped"}, "192.0.2.1:443")
+	if err.Error() != `the peer closed the connection: "the sidecar has stopped"` || !errors.Is(err, net.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+}

@@ -29,6 +29,7 @@ type Listener struct {
 	closing   sync.Once
 	finishing sync.Once
 
+	windows    windows
 	handshakes atomic.Int64 // open ones
 	unanswered atomic.Int64 // connections whose opening has not been answered
 	proved     atomic.Uint64
@@ -63,6 +64,8 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 		closed: make(chan struct{}),
 		gone:   make(chan struct{}),
 		live:   make(map[*link]struct{}),
+
+		windows: windows{limit: maxWindows},
 	}
 	l.transport = &quic.Transport{
 		Conn:                l.sock,
@@ -78,7 +81,9 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 		key := quic.TokenGeneratorKey(*c.TokenGeneratorKey)
 		l.transport.TokenGeneratorKey = &key
 	}
-	l.quic, err = l.transport.Listen(c.TLS, c.quic(true))
+	conf := c.quic(true)
+	conf.AllowConnectionWindowIncrease = l.windows.allow
+	l.quic, err = l.transport.Listen(c.TLS, conf)
 	if err != nil {
 		l.transport.Close()
 		return nil, tunnel.Errorf(tunnel.CodeOf(err), "QUIC can not listen on %s: %w", conn.LocalAddr(), err)

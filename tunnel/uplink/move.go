@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -72,7 +73,8 @@ func credible(from, to string) error {
 		if !a.IsValid() {
 			a, _ = netip.ParseAddr(t.Host)
 		}
-		return t.Host == "localhost" || a.IsLoopback() || a.IsUnspecified() || a.IsMulticast() || a.IsLinkLocalUnicast()
+		host := "." + strings.ToLower(strings.TrimSuffix(t.Host, ".")) // RFC 6761 §6.3
+		return strings.HasSuffix(host, ".localhost") || a.IsLoopback() || a.IsUnspecified() || a.IsMulticast() || a.IsLinkLocalUnicast()
 	}
 	if local(t) && !local(f) {
 		return tunnel.Errorf(tunnel.NotPermitted, "the cloud proxy at %s names %s, an address of this machine or its link; tell its operator", from, to)

@@ -260,6 +260,7 @@ func TestWhatCloudProxiesTellOfOthersIsBelievedWithinReason(t *testing.T) {
 		"itself":               {[]tunnel.ProxyAddr{{Address: first}}, []string{first}},
 		"one twice":            {[]tunnel.ProxyAddr{{Address: second}, {Address: second}}, []string{first, second}},
 		"loopback":             {[]tunnel.ProxyAddr{{Address: "127.0.0.1:443"}, {Address: "[::1]:443"}, {Address: "localhost:443"}, {Address: "[::ffff:127.0.0.1]:443"}}, []string{first}},
+		"loopback by name":     {[]tunnel.ProxyAddr{{Address: "LocalHost:443"}, {Address: "localhost.:443"}, {Address: "a.localhost:443"}}, []string{first}},
 		"unspecified":          {[]tunnel.ProxyAddr{{Address: "0.0.0.0:443"}}, []string{first}},
 		"the link":             {[]tunnel.ProxyAddr{{Address: "169.254.169.254:443"}}, []string{first}},
 		"everybody":            {[]tunnel.ProxyAddr{{Address: "224.0.0.1:443"}}, []string{first}},
