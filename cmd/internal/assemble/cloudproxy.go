@@ -164,9 +164,13 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	c.resolve = egress.NewResolve(guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{
 		Listeners: []tunnel.Listener{ql, tl},
-		Authorize: func(ctx context.Context, o tunnel.Open) (tunnel.Opener, func(), error) {
-			_, release, err := admission.Admit(ctx, o)
-			return c.resolve, release, err
+		Authorize: func(ctx context.Context, o tunnel.Open) (cloudproxy.Grant, error) {
+			p, err := admission.Admit(ctx, o)
+			if err != nil {
+				return cloudproxy.Grant{}, err
+			}
+			renew := func(token string) error { _, err := p.Renew(token); return err }
+			return cloudproxy.Grant{Next: c.resolve, Release: p.Release, Renew: renew, Check: p.Check}, nil
 		},
 		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
