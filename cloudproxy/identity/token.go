@@ -87,13 +87,16 @@ func (c *Claims) check() error {
 	return nil
 }
 
+// NewID makes a token ID.
+func NewID() string { return rand.Text() }
+
 // Issue signs a token. Errors are ConfigInvalid and name the claim.
 func Issue(key ed25519.PrivateKey, c Claims) (string, error) {
 	if len(key) != ed25519.PrivateKeySize {
 		return "", tunnel.Errorf(tunnel.ConfigInvalid, "a token is signed with an Ed25519 key; 'culvert-cloudproxy init' makes one")
 	}
 	if c.ID == "" {
-		c.ID = rand.Text()
+		c.ID = NewID()
 	}
 	if err := c.check(); err != nil {
 		return "", err

@@ -94,8 +94,8 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 	again := s.listen != here
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		c, err = assemble.NewCloudProxy(assemble.CloudProxyParts{
-			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset, Policy: pol,
-			Keys:   identity.NewKeys(s.signer.Public().(ed25519.PublicKey)),
+			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset,
+			Rules:  assemble.Rules{Keys: identity.NewKeys(s.signer.Public().(ed25519.PublicKey)), Policy: pol},
 			Egress: egress.Config{Local4: netip.MustParseAddr(outside)},
 			Limits: s.limits,
 			Drain:  time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
