@@ -266,7 +266,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
 		Next: grant.Next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
-		Limits: grant.Limits.Or(s.cfg.Limits), Renew: grant.Renew, Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
+		Limits: grant.Limits.Or(s.cfg.Limits), Renew: renewal(grant.Renew, log), Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
 		Ended: func(why error) {
 			defer s.wg.Done()
 			s.end(l.id, why)
@@ -306,6 +306,22 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		w.Sealed = how
 	}
 	return w, serve, nil
+}
+
+// renewal logs what comes of another token.
+func renewal(renew func(string) error, log *slog.Logger) func(string) error {
+	if renew == nil {
+		return nil
+	}
+	return func(token string) error {
+		err := renew(token)
+		if err != nil {
+			log.Info("token refused, the session keeps the one before", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+		} else {
+			log.Info("token renewed")
+		}
+		return err
+	}
 }
 
 // join brings a lane or another carrier to its session. A session of another key is as unknown as
