@@ -59,6 +59,7 @@ type CloudProxy struct {
 	rules     atomic.Pointer[Rules]
 	ask       chan struct{}      // capacity 1: the configuration is to be read again
 	conf      *config.CloudProxy // with flags over it; nil: there is no file
+	seen      map[string]os.FileInfo
 }
 
 const (
@@ -74,6 +75,7 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 	if err != nil {
 		return nil, err
 	}
+	seen := stamps(cloudFiles(c))
 	rules, err := RulesFrom(c)
 	if err != nil {
 		return nil, err
@@ -102,7 +104,7 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 	}
 	made, err := NewCloudProxy(p)
 	if err == nil && c.File() != "" {
-		made.conf = c
+		made.conf, made.seen = c, seen
 	}
 	return made, err
 }

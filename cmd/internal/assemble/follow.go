@@ -13,16 +13,16 @@ import (
 // second after the last change.
 const followEvery = 500 * time.Millisecond
 
-// follow calls changed when one of the files is another than it was, and with
-// asked when somebody asks, until ctx ends. files is asked anew each time, as
+// follow calls changed when one of the files is another than it was at known,
+// which stamps took before they were read, and with asked when somebody asks, until ctx ends. files is asked anew each time, as
 // what changed reads may name others. A file that is missing for a moment is not
 // news by itself; nothing that it holds is looked at here.
 //
 // It polls: a configuration may be a link that is switched (Kubernetes), lie on a
 // network's file system, or be replaced with its folder, which notifications of
 // the kernel all have to be told of.
-func follow(ctx context.Context, files func() []string, ask <-chan struct{}, changed func(asked bool)) {
-	known, last := stamps(files()), map[string]os.FileInfo(nil)
+func follow(ctx context.Context, known map[string]os.FileInfo, files func() []string, ask <-chan struct{}, changed func(asked bool)) {
+	var last map[string]os.FileInfo
 	t := time.NewTicker(followEvery)
 	defer t.Stop()
 	for {

@@ -58,6 +58,7 @@ type site struct {
 	signer ed25519.PrivateKey
 	reset  []byte
 	limits session.Limits
+	places int // that tokens name; 0: 1
 	log    *cmdtest.Text
 }
 
@@ -145,7 +146,7 @@ func (s *site) stopped(t *testing.T, mode tunnel.Mode) *assemble.Sidecar {
 		t.Fatal(err)
 	}
 	now := time.Now()
-	token, err := identity.Issue(s.signer, identity.Claims{App: "test", Concurrency: 1, Issued: now, Expires: now.Add(time.Hour)})
+	token, err := identity.Issue(s.signer, identity.Claims{App: "test", Concurrency: max(s.places, 1), Issued: now, Expires: now.Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -102,14 +102,18 @@ func request(ask chan<- struct{}) {
 	}
 }
 
+// cloudFiles are those that a cloud proxy's rules are read from.
+func cloudFiles(c *config.CloudProxy) []string {
+	return append([]string{c.File(), c.Tokens.Revoked}, c.Tokens.PublicKeys...)
+}
+
 // follow keeps the rules those of the configuration's file until ctx ends.
 func (c *CloudProxy) follow(ctx context.Context, conf *config.CloudProxy) {
 	was, err := config.ReadCloudProxy(conf.File()) // as it stands there, without flags
 	if err != nil {
 		was = conf
 	}
-	files := func() []string { return append([]string{was.File(), was.Tokens.Revoked}, was.Tokens.PublicKeys...) }
-	follow(ctx, files, c.ask, func(bool) {
+	follow(ctx, c.seen, func() []string { return cloudFiles(was) }, c.ask, func(bool) {
 		next, err := config.ReadCloudProxy(conf.File())
 		var r Rules
 		if err == nil {
@@ -166,7 +170,7 @@ func (s *Sidecar) follow(ctx context.Context, conf *config.Sidecar) {
 		defer func() { <-done }()
 		go func() {
 			defer close(done)
-			follow(ctx, func() []string { return []string{file} }, nil, func(bool) { s.tokenChanged(ctx) })
+			follow(ctx, s.seen, func() []string { return []string{file} }, nil, func(bool) { s.tokenChanged(ctx) })
 		}()
 	}
 	if conf.File() == "" {
@@ -177,7 +181,7 @@ func (s *Sidecar) follow(ctx context.Context, conf *config.Sidecar) {
 	if err != nil {
 		was = conf
 	}
-	follow(ctx, func() []string { return []string{conf.File()} }, s.ask, func(asked bool) {
+	follow(ctx, s.seen, func() []string { return []string{conf.File()} }, s.ask, func(asked bool) {
 		if asked {
 			s.tokenChanged(ctx)
 		}

@@ -44,9 +44,10 @@ type Sidecar struct {
 	Link     tunnel.Link
 	policy   atomic.Pointer[policy.Policy]
 	guards   []*policy.Guard
-	ask      chan struct{}   // capacity 1: the configuration is to be read again
-	renewed  chan struct{}   // capacity 1: the token may be another
-	conf     *config.Sidecar // with flags over it
+	ask      chan struct{}          // capacity 1: the configuration is to be read again
+	renewed  chan struct{}          // capacity 1: the token may be another
+	conf     *config.Sidecar        // with flags over it
+	seen     map[string]os.FileInfo // of the files that are followed
 	changes  *changes
 	log      *slog.Logger
 	setLive  func(bool) // tells the link whether a channel is live
@@ -60,7 +61,7 @@ type Sidecar struct {
 //	front ────┬► watch ──► switch ──► guard ──► uplink (session, carriers)
 //	capture ──┘               └─ stopped, when_stopped: direct ──► resolve ──► guard ──► egress
 func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
-	s = &Sidecar{changes: newChanges(), conf: c, ask: make(chan struct{}, 1), renewed: make(chan struct{}, 1), log: log}
+	s = &Sidecar{changes: newChanges(), conf: c, seen: stamps([]string{c.File(), c.Identity.TokenFile}), ask: make(chan struct{}, 1), renewed: make(chan struct{}, 1), log: log}
 	made := s // a return with an error has set s to nil
 	defer func() {
 		if err != nil {
