@@ -37,7 +37,7 @@ const (
 // Config is what a cloud proxy needs. Listeners and Authorize are required.
 type Config struct {
 	Listeners []tunnel.Listener
-	Authorize tunnel.Authorize
+	Authorize Authorize
 	Limits    session.Limits     // of each session
 	Memory    int                // bytes that the streams of all sessions keep for their next connection; 0: resume.DefaultBudget
 	Address   string             // HOST:PORT under which sidecars reach this very instance
@@ -48,6 +48,21 @@ type Config struct {
 	Hold      time.Duration      // how long a session lives without any connection; 0: session.DefaultHold
 	Drain     time.Duration      // how long live sessions may take to finish when Run's context ends; 0: 30 s
 	Log       *slog.Logger       // nil: none
+}
+
+// Authorize admits a session, or fails with a code.
+type Authorize func(context.Context, tunnel.Open) (Grant, error)
+
+// A Grant is what a session is admitted with. Next and Release are required.
+type Grant struct {
+	Next    tunnel.Opener  // what the session's traffic goes into
+	Limits  session.Limits // its own; zero fields are those of Config
+	Release func()         // called once when the session has ended
+	// Renew takes another token for the session; nil: none is taken.
+	Renew func(token string) error
+	// Check says why the session may not go on. It is asked each second; nil:
+	// nothing speaks against it.
+	Check func() error
 }
 
 // Server is a cloud proxy.
@@ -73,7 +88,7 @@ type live struct {
 	app      string
 	instance string // of the sidecar; "": it has not said
 	far      *session.Far
-	release  func()
+	grant    Grant
 	joins    atomic.Int32
 }
 
@@ -108,6 +123,7 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 		})
 	}
+	accepts.Go(func() { s.checkAll(accepting) })
 	var failed error
 	select {
 	case <-ctx.Done():
@@ -235,22 +251,22 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	if len(o.Instance) > maxInstance {
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "the sidecar's instance is longer than %d bytes", maxInstance)
 	}
-	next, release, err := s.cfg.Authorize(ctx, tunnel.Open{App: o.App, Token: o.Token, Region: o.Region, Operator: o.Operator, Key: c.PeerKey(), From: c.RemoteAddr()})
+	grant, err := s.cfg.Authorize(ctx, tunnel.Open{App: o.App, Token: o.Token, Region: o.Region, Operator: o.Operator, Key: c.PeerKey(), From: c.RemoteAddr()})
 	if err != nil {
 		return wire.Welcome{}, nil, err
 	}
-	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, instance: o.Instance, release: release}
+	l := &live{id: newID(), key: string(c.PeerKey()), app: o.App, instance: o.Instance, grant: grant}
 	log := s.log.With("session", l.id, "app", l.app)
 	how := session.OfferSealed(o.Sealed)
 	sealed, err := session.ReadySealed(c, l.id, how)
 	if err != nil {
-		release()
+		grant.Release()
 		return wire.Welcome{}, nil, err
 	}
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
-		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
-		Limits: s.cfg.Limits, Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
+		Next: grant.Next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
+		Limits: grant.Limits.Or(s.cfg.Limits), Renew: renewal(grant.Renew, log), Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
 		Ended: func(why error) {
 			defer s.wg.Done()
 			s.end(l.id, why)
@@ -262,7 +278,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 	s.mu.Lock()
 	if s.draining {
 		s.mu.Unlock()
-		release()
+		grant.Release()
 		l.far.Close(stopping())
 		return wire.Welcome{}, nil, stopping()
 	}
@@ -290,6 +306,22 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		w.Sealed = how
 	}
 	return w, serve, nil
+}
+
+// renewal logs what comes of another token.
+func renewal(renew func(string) error, log *slog.Logger) func(string) error {
+	if renew == nil {
+		return nil
+	}
+	return func(token string) error {
+		err := renew(token)
+		if err != nil {
+			log.Info("token refused, the session keeps the one before", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+		} else {
+			log.Info("token renewed")
+		}
+		return err
+	}
 }
 
 // join brings a lane or another carrier to its session. A session of another key is as unknown as
@@ -351,7 +383,7 @@ func (s *Server) welcome(l *live) wire.Welcome {
 func (s *Server) end(id string, why error) {
 	if l := s.take(id); l != nil {
 		l.far.Close(why)
-		l.release()
+		l.grant.Release()
 	}
 }
 
@@ -361,8 +393,41 @@ func (s *Server) end(id string, why error) {
 func (s *Server) supersede(old *live) {
 	if s.take(old.id) != nil {
 		old.far.End(tunnel.Errorf(tunnel.NotPermitted, "a sidecar with the same key was started and has the session now; give each sidecar a key_file of its own, then start this one again"))
-		old.release()
+		old.grant.Release()
 	}
+}
+
+// checkEvery is how often sessions are asked whether they may go on.
+const checkEvery = time.Second
+
+// checkAll ends sessions that may not go on, until ctx ends.
+func (s *Server) checkAll(ctx context.Context) {
+	t := time.NewTicker(checkEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		for _, l := range s.sessions() {
+			if l.grant.Check == nil {
+				continue
+			}
+			if err := l.grant.Check(); err != nil {
+				s.cut(l, err)
+			}
+		}
+	}
+}
+
+// cut ends a session and tells the sidecar why.
+func (s *Server) cut(l *live, err error) {
+	if s.take(l.id) == nil {
+		return
+	}
+	l.far.End(&tunnel.Error{Code: tunnel.CodeOf(err), Text: tunnel.Sentence(err), Err: err})
+	l.grant.Release()
 }
 
 // take takes a session out of what can be joined; nil: it is not there.

@@ -32,7 +32,11 @@ type world struct {
 	udp, tcp         *tunneltest.Net
 	dialUDP, dialTCP func(context.Context) error // asked before each dial
 	echo             *tunneltest.Echo
-	authorize        tunnel.Authorize
+	authorize        cloudproxy.Authorize
+	renew            func(token string) error
+	check            func() error
+	token            atomic.Pointer[string] // nil: "secret"
+	renewed          chan struct{}          // tells the sidecar of another token
 	server           *cloudproxy.Server
 
 	mu       sync.Mutex
@@ -62,14 +66,14 @@ func (w *world) serve(t *testing.T) (stop func()) {
 	}
 	w.server, err = cloudproxy.New(cloudproxy.Config{
 		Listeners: []tunnel.Listener{lu, lt}, Address: address, Region: "eu", Drain: 10 * time.Second,
-		Authorize: func(ctx context.Context, o tunnel.Open) (tunnel.Opener, func(), error) {
+		Authorize: func(ctx context.Context, o tunnel.Open) (cloudproxy.Grant, error) {
 			w.mu.Lock()
 			w.opens = append(w.opens, o)
 			w.mu.Unlock()
 			if w.authorize != nil {
 				return w.authorize(ctx, o)
 			}
-			return w.echo, func() { w.mu.Lock(); w.released++; w.mu.Unlock() }, nil
+			return cloudproxy.Grant{Next: w.echo, Release: func() { w.mu.Lock(); w.released++; w.mu.Unlock() }, Renew: w.renew, Check: w.check}, nil
 		},
 	})
 	if err != nil {
@@ -102,7 +106,14 @@ func (w *world) sidecar(t *testing.T, n byte, mode tunnel.Mode) *sidecar {
 	t.Helper()
 	u, err := uplink.New(uplink.Config{
 		Proxies: []string{address}, QUIC: w.udp.Dialer(key(n)), TLS: w.tcp.Dialer(key(n)),
-		Open: func() (wire.Open, error) { return wire.Open{App: fmt.Sprintf("app%d", n), Token: "secret"}, nil },
+		Open: func() (wire.Open, error) {
+			token := "secret"
+			if t := w.token.Load(); t != nil {
+				token = *t
+			}
+			return wire.Open{App: fmt.Sprintf("app%d", n), Token: token}, nil
+		},
+		Renewed: w.renewed,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -367,8 +378,8 @@ func TestARefusalThatRepeatingCanNotMendEndsTheLink(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld()
 				defer w.serve(t)()
-				w.authorize = func(context.Context, tunnel.Open) (tunnel.Opener, func(), error) {
-					return nil, nil, tunnel.Errorf(code, "because")
+				w.authorize = func(context.Context, tunnel.Open) (cloudproxy.Grant, error) {
+					return cloudproxy.Grant{}, tunnel.Errorf(code, "because")
 				}
 				s := w.sidecar(t, 0, tunnel.ModeAuto)
 				time.Sleep(10 * time.Second)
@@ -676,10 +687,10 @@ func TestAListenerThatBreaksEndsTheServerWhateverIsUnderWay(t *testing.T) {
 		}
 		b := &breaking{l, make(chan struct{})}
 		asked, answer := make(chan struct{}), make(chan struct{})
-		s, err := cloudproxy.New(cloudproxy.Config{Listeners: []tunnel.Listener{b}, Authorize: func(context.Context, tunnel.Open) (tunnel.Opener, func(), error) {
+		s, err := cloudproxy.New(cloudproxy.Config{Listeners: []tunnel.Listener{b}, Authorize: func(context.Context, tunnel.Open) (cloudproxy.Grant, error) {
 			close(asked)
 			<-answer
-			return &tunneltest.Echo{}, func() {}, nil
+			return cloudproxy.Grant{Next: &tunneltest.Echo{}, Release: func() {}}, nil
 		}})
 		if err != nil {
 			t.Fatal(err)

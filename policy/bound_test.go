@@ -12,7 +12,7 @@ func TestAnAssociationRemembersABoundedNumberOfVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &guardedPackets{policy: func() *Policy { return p }}
+	g := &guardedPackets{guard: NewGuard(nil, func(tunnel.Peer) *Policy { return p })}
 	for port := range 1000 {
 		if err := g.judge(tunnel.Target{Addr: netip.AddrFrom4([4]byte{8, 8, 8, 8}), Port: uint16(port + 1)}); err != nil {
 			t.Fatal(err)

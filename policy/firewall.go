@@ -38,7 +38,7 @@ type Firewall struct {
 // CloudProxy is one cloud proxy for a Firewall.
 type CloudProxy struct {
 	Target tunnel.Target // as it is configured; a name or an address
-	Addrs  []netip.Addr  // of the name; only nftables needs them
+	Addrs  []netip.Addr  // of the name; only packet filters need them
 }
 
 // Firewall lists the openings for the cloud proxies, and those that the
@@ -89,11 +89,14 @@ func (p *Policy) Firewall(cloud ...CloudProxy) Firewall {
 }
 
 // FirewallFormats returns the formats that Write knows.
-func FirewallFormats() []string { return []string{"table", "csv", "json", "nftables"} }
+func FirewallFormats() []string {
+	return []string{"table", "csv", "json", "nftables", "iptables", "powershell"}
+}
 
-// Write writes the openings as a table for people, csv, json, or an nftables
-// ruleset that loads. Loading that changes nothing until a rule jumps to its
-// chain.
+// Write writes the openings as a table for people, csv, json, an nftables
+// ruleset, a shell script for iptables, or a PowerShell script for the firewall
+// of Windows. Loading what is for nftables or iptables changes nothing until a
+// rule jumps to its chain.
 func (f Firewall) Write(w io.Writer, format string) error {
 	switch format {
 	case "table":
@@ -106,6 +109,10 @@ func (f Firewall) Write(w io.Writer, format string) error {
 		return enc.Encode(f)
 	case "nftables":
 		return f.nftables(w)
+	case "iptables":
+		return f.iptables(w)
+	case "powershell":
+		return f.powershell(w)
 	}
 	return tunnel.Errorf(tunnel.ConfigInvalid, "%s is not a format%s; use %s",
 		quote(format), meant(format, FirewallFormats()...), strings.Join(FirewallFormats(), ", "))
@@ -234,13 +241,18 @@ func outermost(list []netip.Prefix, is4 bool) []string {
 
 // nftText keeps what can stand in a comment of nftables: 127 bytes without quotes.
 func nftText(s string) string {
-	s = strings.Map(func(r rune) rune {
+	s = nftLine(s)
+	return s[:min(len(s), 127)]
+}
+
+// nftLine makes a text one line of printable ASCII without quotes.
+func nftLine(s string) string {
+	return strings.Map(func(r rune) rune {
 		if r < ' ' || r > '~' || r == '"' || r == '\\' {
 			return '_'
 		}
 		return r
 	}, s)
-	return s[:min(len(s), 127)]
 }
 
 func protocols(proto string) string {

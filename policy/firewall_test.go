@@ -90,9 +90,14 @@ func TestFirewallCSVAndJSONCanBeRead(t *testing.T) {
 func TestFirewallRefusesWhatItCanNotWrite(t *testing.T) {
 	p := parse(t, kinds)
 	var b bytes.Buffer
-	err := p.Firewall(policy.CloudProxy{Target: target(t, "cloud.example.com:443")}).Write(&b, "nftables")
-	if tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), "cloud.example.com") || b.Len() > 0 {
-		t.Errorf("a name in nftables: %v and %q", err, b.String())
+	for _, format := range policy.FirewallFormats() {
+		b.Reset()
+		err := p.Firewall(policy.CloudProxy{Target: target(t, "cloud.example.com:443")}).Write(&b, format)
+		if policy.NeedsAddresses(format) && (tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), "cloud.example.com") || b.Len() > 0) {
+			t.Errorf("a name in %s: %v and %q", format, err, b.String())
+		} else if !policy.NeedsAddresses(format) && err != nil {
+			t.Errorf("a name in %s: %v", format, err)
+		}
 	}
 	if err := p.Firewall().Write(&b, "tabel"); tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), `"table"`) {
 		t.Errorf("an unknown format: %v", err)
@@ -135,4 +140,125 @@ func TestNFTablesLoads(t *testing.T) {
 	if out, err := check(text); err != nil {
 		t.Errorf("%v: %s\nin\n%s", err, out, text)
 	}
+}
+
+// optional runs a tool that is not on every machine, with the text on its
+// standard input.
+func optional(t *testing.T, text, tool string, args ...string) (string, error) {
+	t.Helper()
+	path, err := exec.LookPath(tool)
+	if err != nil {
+		t.Skipf("%s is not installed", tool)
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Stdin = strings.NewReader(text)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func TestTheScriptForIptablesIsOneForTheShell(t *testing.T) {
+	text := firewall(t, "iptables")
+	if out, err := optional(t, text, "sh", "-n"); err != nil {
+		t.Errorf("%v: %s\nin\n%s", err, out, text)
+	}
+	for _, want := range []string{
+		"-A culvert -d 198.51.100.9 -p udp -m multiport --dports 443 -j ACCEPT\n",
+		"-A culvert -d 2001:db8::9 -p tcp -m multiport --dports 8443 -j ACCEPT\n",
+		"-A culvert_replaces -d 150.138.153.78 -p udp -m multiport --dports 3478:3500 -j ACCEPT\n",
+		"-A culvert_replaces -d 0.0.0.0/0 -p tcp -m multiport --dports 5000:5010,6000 -j ACCEPT\n",
+	} {
+		if strings.Count(text, want) != 1 {
+			t.Errorf("%q does not stand once in\n%s", want, text)
+		}
+	}
+	four, six, _ := strings.Cut(text, "ip6tables-restore --noflush <<")
+	for _, line := range strings.Split(four[strings.Index(four, "*filter"):], "\n") {
+		if strings.HasPrefix(line, "-A") && strings.Contains(strings.Fields(line)[3], ":") {
+			t.Errorf("an IPv6 address among the rules of IPv4: %s", line)
+		}
+	}
+	for _, line := range strings.Split(six, "\n") {
+		if strings.HasPrefix(line, "-A") && strings.Contains(strings.Fields(line)[3], ".") && !strings.Contains(strings.Fields(line)[3], ":") {
+			t.Errorf("an IPv4 address among the rules of IPv6: %s", line)
+		}
+	}
+	for tool, part := range map[string]string{"iptables-restore": four, "ip6tables-restore": six} {
+		t.Run(tool, func(t *testing.T) {
+			part = part[strings.Index(part, "*filter"):]
+			part, _, _ = strings.Cut(part, "EOF")
+			if out, err := optional(t, "*filter\nCOMMIT\n", tool, "--test"); err != nil { // even a test asks the kernel
+				t.Skipf("%s can not check here: %s", tool, out)
+			}
+			if out, err := optional(t, part, tool, "--noflush", "--test"); err != nil {
+				t.Errorf("%v: %s\nin\n%s", err, out, part)
+			}
+		})
+	}
+}
+
+// A multiport match takes fifteen ports, and a range counts twice.
+func TestLongListsOfPortsAreCutForIptables(t *testing.T) {
+	r := policy.Rule{Allow: true, Proto: policy.TCP, To: []policy.Dest{{Prefix: netip.MustParsePrefix("8.8.8.8/32")}}}
+	for i := range uint16(20) {
+		r.Ports = append(r.Ports, policy.PortRange{Low: 1000 + 10*i, High: 1000 + 10*i + i%2})
+	}
+	p, err := policy.New(policy.Config{Rules: []policy.Rule{r}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if err := p.Firewall(policy.CloudProxy{Target: target(t, "198.51.100.9:443")}).Write(&b, "iptables"); err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, line := range strings.Split(b.String(), "\n") {
+		if !strings.HasPrefix(line, "-A culvert_replaces") {
+			continue
+		}
+		_, list, _ := strings.Cut(line, "--dports ")
+		list, _, _ = strings.Cut(list, " ")
+		n := 0
+		for _, word := range strings.Split(list, ",") {
+			seen++
+			n += 1 + strings.Count(word, ":")
+		}
+		if n > 15 {
+			t.Errorf("%d ports in %s", n, line)
+		}
+	}
+	if seen != 20 {
+		t.Errorf("%d of 20 ranges are there:\n%s", seen, b.String())
+	}
+}
+
+func TestTheScriptForWindowsOpensWhatIsNeededAndNothingElse(t *testing.T) {
+	text := firewall(t, "powershell")
+	on, off := 0, 0
+	for _, line := range strings.Split(text, "\n") {
+		if !strings.HasPrefix(line, "New-NetFirewallRule ") {
+			continue
+		}
+		if strings.Contains(line, "-Enabled True") {
+			on++
+		} else if strings.Contains(line, "-Enabled False") && strings.Contains(line, "-Group 'Culvert replaces'") {
+			off++
+		} else {
+			t.Errorf("neither on nor off: %s", line)
+		}
+		if strings.Count(line, "'")%2 != 0 || !strings.Contains(line, "-Direction Outbound -Action Allow") {
+			t.Errorf("not a rule: %s", line)
+		}
+	}
+	if on != 2*3 || off == 0 {
+		t.Errorf("%d rules are on, %d off:\n%s", on, off, text)
+	}
+	if want := "-Protocol UDP -RemoteAddress @('150.138.153.78') -RemotePort @('3478-3500') | Out-Null"; strings.Count(text, want) != 1 {
+		t.Errorf("%q does not stand once in\n%s", want, text)
+	}
+	t.Run("pwsh", func(t *testing.T) {
+		check := `$e = $null; [System.Management.Automation.Language.Parser]::ParseInput([Console]::In.ReadToEnd(), [ref]$null, [ref]$e) | Out-Null; $e; exit $e.Count`
+		if out, err := optional(t, text, "pwsh", "-NoProfile", "-Command", check); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
 }

@@ -2,8 +2,10 @@ package policy
 
 import (
 	"context"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -12,41 +14,159 @@ import (
 	"culvert/tunnel"
 )
 
-// NewGuard returns an Opener that asks the policy and passes on to next what
+// A Guard is an Opener that asks the policy and passes on to the next stage what
 // it allows. Everything else fails with PolicyDenied.
 //
-// The policy is asked for each stream and each datagram. policy returns the
-// one in force and must be cheap: an association asks it for every datagram
-// and drops what it has remembered when the answer is another pointer. Streams
-// that are open stay open.
-//
-// A datagram that is refused is an error of its Send and is reported to
-// Receiver.Unreachable, once per second for each target at most. The
-// association lives. Undecided names pass: behind the stage that resolves
-// names, where no target is without an address, there are none.
-func NewGuard(next tunnel.Opener, policy func() *Policy) tunnel.Opener {
-	return &guard{next: next, policy: policy}
-}
+// The policy is asked for each stream and each datagram. A datagram that is
+// refused is an error of its Send and is reported to Receiver.Unreachable, once
+// per second for each target at most. The association lives. Undecided names
+// pass: behind the stage that resolves names, where no target is without an
+// address, there are none.
+type Guard struct {
+	// Denied is told of each refusal that is an error of OpenStream or a report to
+	// a receiver, and of what Review ends. It must not wait. Set it before the
+	// guard is used; nil: nobody is told.
+	Denied func(Denial)
 
-type guard struct {
 	next   tunnel.Opener
-	policy func() *Policy
+	policy func(by tunnel.Peer) *Policy
+	drops  atomic.Uint64
+
+	mu      sync.Mutex // guards the fields below
+	streams map[*guardedStream]struct{}
+	packets map[*guardedPackets]struct{}
 }
 
-func (g *guard) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
-	if d := g.policy().Decide(TCP, to); !d.Allow {
-		return nil, Denied(TCP, to, d)
+// A Denial is one refusal.
+type Denial struct {
+	By    tunnel.Peer
+	Proto Proto
+	To    tunnel.Target
+	Err   error // the sentence, with the code PolicyDenied
+	Live  bool  // it was allowed before, and a new policy has ended it
+}
+
+// NewGuard makes a guard. policy returns the one in force for a peer and must be
+// cheap: it is called for every datagram. After it has begun to return another
+// one, Review ends what that forbids.
+func NewGuard(next tunnel.Opener, policy func(by tunnel.Peer) *Policy) *Guard {
+	return &Guard{next: next, policy: policy, streams: map[*guardedStream]struct{}{}, packets: map[*guardedPackets]struct{}{}}
+}
+
+// OpenStream implements tunnel.Opener.
+func (g *Guard) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
+	asked := g.policy(by)
+	if d := asked.Decide(TCP, to); !d.Allow {
+		return nil, g.refuse(by, TCP, to, d, false)
 	}
-	return g.next.OpenStream(ctx, by, to)
-}
-
-func (g *guard) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, error) {
-	gr := &guardedReceiver{Receiver: r}
-	next, err := g.next.OpenPackets(by, gr)
+	next, err := g.next.OpenStream(ctx, by, to)
 	if err != nil {
 		return nil, err
 	}
-	return &guardedPackets{Packets: next, policy: g.policy, receiver: gr}, nil
+	s := &guardedStream{Stream: next, guard: g, by: by, to: to}
+	g.mu.Lock()
+	g.streams[s] = struct{}{}
+	g.mu.Unlock()
+	if g.policy(by) != asked { // meanwhile, and Review may have passed by
+		if err := s.review(); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// OpenPackets implements tunnel.Opener.
+func (g *Guard) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, error) {
+	p := &guardedPackets{guard: g, by: by}
+	p.receiver = &guardedReceiver{Receiver: r, packets: p}
+	next, err := g.next.OpenPackets(by, p.receiver)
+	if err != nil {
+		return nil, err
+	}
+	p.Packets = next
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !p.receiver.closed.Load() { // else nobody would take it out
+		g.packets[p] = struct{}{}
+	}
+	return p, nil
+}
+
+// Review judges what is open by the policy that is in force now: streams that it
+// forbids are aborted, and of associations nothing comes any more from where it
+// does not allow them to send to.
+func (g *Guard) Review() {
+	g.mu.Lock()
+	streams := slices.Collect(maps.Keys(g.streams))
+	packets := slices.Collect(maps.Keys(g.packets))
+	g.mu.Unlock()
+	for _, s := range streams {
+		s.review()
+	}
+	for _, p := range packets {
+		p.review()
+	}
+}
+
+// Dropped counts datagrams that came for an association from where a new policy
+// does not allow it to send to.
+func (g *Guard) Dropped() uint64 { return g.drops.Load() }
+
+// refuse makes the error of a refusal and tells of it.
+func (g *Guard) refuse(by tunnel.Peer, proto Proto, to tunnel.Target, d Decision, live bool) error {
+	err := Denied(proto, to, d)
+	g.tell(Denial{by, proto, to, err, live})
+	return err
+}
+
+func (g *Guard) tell(d Denial) {
+	if g.Denied != nil {
+		g.Denied(d)
+	}
+}
+
+func (g *Guard) forget(p *guardedPackets) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.packets, p)
+}
+
+// guardedStream is a stream that Review can find.
+type guardedStream struct {
+	tunnel.Stream
+	guard *Guard
+	by    tunnel.Peer
+	to    tunnel.Target
+}
+
+func (s *guardedStream) Close() error {
+	s.forget()
+	return s.Stream.Close()
+}
+
+func (s *guardedStream) Abort(err error) {
+	s.forget()
+	s.Stream.Abort(err)
+}
+
+// forget reports whether the stream was known.
+func (s *guardedStream) forget() bool {
+	s.guard.mu.Lock()
+	defer s.guard.mu.Unlock()
+	_, known := s.guard.streams[s]
+	delete(s.guard.streams, s)
+	return known
+}
+
+// review aborts a stream that the policy forbids.
+func (s *guardedStream) review() error {
+	d := s.guard.policy(s.by).Decide(TCP, s.to)
+	if d.Allow || !s.forget() {
+		return nil
+	}
+	err := s.guard.refuse(s.by, TCP, s.to, d, true)
+	s.Stream.Abort(err)
+	return err
 }
 
 // Denied puts a refusal into a sentence. The error's code is PolicyDenied.
@@ -84,22 +204,27 @@ func destination(t tunnel.Target) string {
 }
 
 const (
-	// maxVerdicts bounds what one association remembers. Twice the remotes
-	// that ICE tries for a large call; more only costs time.
-	maxVerdicts = 64
+	// maxVerdicts bounds what one association remembers: as many remotes as the
+	// cloud proxy lets answer it.
+	maxVerdicts = 256
+	// maxReported bounds the targets that are reported within reportEvery.
+	maxReported = 64
 	// reportEvery is the shortest time between two reports for one target.
 	reportEvery = time.Second
 )
 
 type guardedPackets struct {
 	tunnel.Packets
-	policy   func() *Policy
+	guard    *Guard
+	by       tunnel.Peer
 	receiver *guardedReceiver
+	changed  atomic.Bool // the policy has changed since the association was opened
 
 	mu       sync.Mutex
 	asked    *Policy                 // whose verdicts these are
 	last     verdict                 // most associations have one target at a time
 	verdicts map[tunnel.Target]error // made when there is a second target; nil error: allowed
+	came     map[netip.Addr]bool     // whether what comes from an address is let in, once changed
 }
 
 type verdict struct {
@@ -113,7 +238,7 @@ func (g *guardedPackets) Send(p []byte, to tunnel.Target) error {
 		if g.receiver.closed.Load() {
 			return net.ErrClosed
 		}
-		g.receiver.report(to, err)
+		g.receiver.report(to, err, false)
 		return err
 	}
 	return g.Packets.Send(p, to)
@@ -121,32 +246,33 @@ func (g *guardedPackets) Send(p []byte, to tunnel.Target) error {
 
 func (g *guardedPackets) Close() error {
 	g.receiver.closed.Store(true)
+	g.guard.forget(g)
 	return g.Packets.Close()
 }
 
 // judge returns nil where the policy allows the target.
 func (g *guardedPackets) judge(to tunnel.Target) error {
-	policy := g.policy()
+	policy := g.guard.policy(g.by)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if policy != g.asked {
-		g.asked, g.last, g.verdicts = policy, verdict{}, nil
-	}
+	g.followLocked(policy)
 	if g.last.valid && g.last.to == to {
 		return g.last.err
 	}
 	err, known := g.verdicts[to]
 	if !known {
-		if d := policy.Decide(UDP, to); !d.Allow {
-			err = Denied(UDP, to, d)
-		}
+		err = judged(policy, to)
+		delete(g.came, to.Addr)
 	}
 	if g.last.valid && g.verdicts == nil {
 		g.verdicts = map[tunnel.Target]error{g.last.to: g.last.err}
 	}
 	if g.verdicts != nil && !known {
 		if len(g.verdicts) >= maxVerdicts {
-			clear(g.verdicts)
+			for any := range g.verdicts {
+				delete(g.verdicts, any)
+				break
+			}
 		}
 		g.verdicts[to] = err
 	}
@@ -154,18 +280,121 @@ func (g *guardedPackets) judge(to tunnel.Target) error {
 	return err
 }
 
+// judged returns nil where the policy allows a datagram.
+func judged(policy *Policy, to tunnel.Target) error {
+	if d := policy.Decide(UDP, to); !d.Allow {
+		return Denied(UDP, to, d)
+	}
+	return nil
+}
+
+// followLocked judges what is remembered by another policy. g.mu is held.
+func (g *guardedPackets) followLocked(policy *Policy) {
+	if policy == g.asked {
+		return
+	}
+	if g.asked != nil {
+		g.changed.Store(true)
+	}
+	g.asked, g.came = policy, nil
+	for to := range g.verdicts {
+		g.verdicts[to] = judged(policy, to)
+	}
+	if g.last.valid {
+		g.last.err = judged(policy, g.last.to)
+	}
+}
+
+// review judges what is remembered by the policy in force, and tells of the
+// targets that were allowed and are not any more.
+func (g *guardedPackets) review() {
+	policy := g.guard.policy(g.by)
+	var ended []verdict
+	g.mu.Lock()
+	allowed := g.allowedLocked()
+	g.followLocked(policy)
+	for _, to := range allowed {
+		err, known := g.verdicts[to]
+		if !known {
+			err = g.last.err
+		}
+		if err != nil {
+			ended = append(ended, verdict{to, err, true})
+		}
+	}
+	g.mu.Unlock()
+	for _, v := range ended {
+		g.receiver.report(v.to, v.err, true)
+	}
+}
+
+// allowedLocked lists the targets that may be sent to. g.mu is held.
+func (g *guardedPackets) allowedLocked() []tunnel.Target {
+	var all []tunnel.Target
+	for to, err := range g.verdicts {
+		if err == nil {
+			all = append(all, to)
+		}
+	}
+	if g.verdicts == nil && g.last.valid && g.last.err == nil {
+		all = append(all, g.last.to)
+	}
+	return all
+}
+
+// mayCome reports whether a datagram from an address is let in after the policy
+// has changed: from where the association may send to. Where it has sent to
+// names whose addresses are not known here, only a rule against the address
+// keeps it out.
+func (g *guardedPackets) mayCome(from netip.AddrPort) bool {
+	policy := g.guard.policy(g.by)
+	addr := from.Addr()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.followLocked(policy)
+	ok, known := g.came[addr]
+	if known {
+		return ok
+	}
+	names := false
+	for _, to := range g.allowedLocked() {
+		ok = ok || to.Addr == addr
+		names = names || !to.Addr.IsValid()
+	}
+	if !ok {
+		d := policy.Decide(UDP, tunnel.TargetOf(from))
+		ok = d.Allow || names && d.Rule == nil && d.Class == ""
+	}
+	if g.came == nil || len(g.came) >= maxVerdicts {
+		g.came = map[netip.Addr]bool{}
+	}
+	g.came[addr] = ok
+	return ok
+}
+
 // guardedReceiver keeps Closed the last call, and reports within their rate.
 type guardedReceiver struct {
 	tunnel.Receiver
-	closed atomic.Bool // by either end
+	packets *guardedPackets
+	closed  atomic.Bool // by either end
 
 	mu       sync.Mutex // held while Unreachable is called
 	reported map[tunnel.Target]time.Time
 }
 
+// Deliver is on the path of each datagram that comes: while the policy has not
+// changed it asks nothing.
+func (r *guardedReceiver) Deliver(p []byte, from netip.AddrPort) {
+	if r.packets.changed.Load() && !r.packets.mayCome(from) {
+		r.packets.guard.drops.Add(1)
+		return
+	}
+	r.Receiver.Deliver(p, from)
+}
+
 // report tells the receiver of a refusal. Two at a time are not waited for:
 // the later one is told with its next datagram.
-func (r *guardedReceiver) report(to tunnel.Target, err error) {
+func (r *guardedReceiver) report(to tunnel.Target, err error, live bool) {
 	if !r.mu.TryLock() {
 		return
 	}
@@ -177,13 +406,13 @@ func (r *guardedReceiver) report(to tunnel.Target, err error) {
 	if at, ok := r.reported[to]; ok && now.Sub(at) < reportEvery {
 		return
 	}
-	if len(r.reported) >= maxVerdicts {
+	if len(r.reported) >= maxReported {
 		for old, at := range r.reported {
 			if now.Sub(at) >= reportEvery {
 				delete(r.reported, old)
 			}
 		}
-		if len(r.reported) >= maxVerdicts {
+		if len(r.reported) >= maxReported {
 			return // the sender has the error
 		}
 	}
@@ -195,6 +424,7 @@ func (r *guardedReceiver) report(to tunnel.Target, err error) {
 	if to.Addr.IsValid() {
 		addr = to.AddrPort()
 	}
+	r.packets.guard.tell(Denial{r.packets.by, UDP, to, err, live})
 	r.Receiver.Unreachable(addr, err)
 }
 
@@ -203,5 +433,6 @@ func (r *guardedReceiver) Closed(err error) {
 	r.mu.Lock() // a report that has begun ends first
 	r.closed.Store(true)
 	r.mu.Unlock()
+	r.packets.guard.forget(r.packets)
 	r.Receiver.Closed(err)
 }

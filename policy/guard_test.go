@@ -74,10 +74,12 @@ func (r *receiver) reports() int {
 	return len(r.unreachable)
 }
 
-func always(p *policy.Policy) func() *policy.Policy { return func() *policy.Policy { return p } }
+func always(p *policy.Policy) func(tunnel.Peer) *policy.Policy {
+	return func(tunnel.Peer) *policy.Policy { return p }
+}
 
 // open returns an association through a guard.
-func open(t testing.TB, get func() *policy.Policy) (tunnel.Packets, *sink, *receiver) {
+func open(t testing.TB, get func(tunnel.Peer) *policy.Policy) (tunnel.Packets, *sink, *receiver) {
 	t.Helper()
 	s, r := &sink{}, &receiver{}
 	p, err := policy.NewGuard(s, get).OpenPackets(tunnel.Peer{}, r)
@@ -169,7 +171,7 @@ func TestGuardAsksForEveryDatagram(t *testing.T) {
 func TestGuardFollowsAChangedPolicy(t *testing.T) {
 	var now atomic.Pointer[policy.Policy]
 	now.Store(parse(t, "rules: [{allow: udp, to: 8.8.8.0/24}]"))
-	p, _, _ := open(t, now.Load)
+	p, _, _ := open(t, func(tunnel.Peer) *policy.Policy { return now.Load() })
 	a, b := target(t, "8.8.8.8:1"), target(t, "8.8.8.9:1")
 	send := func(to tunnel.Target, allow bool) {
 		t.Helper()
@@ -300,7 +302,7 @@ func TestGuardSendsFromManyGoroutines(t *testing.T) {
 	var now atomic.Pointer[policy.Policy]
 	policies := []*policy.Policy{parse(t, "profiles: [public]"), parse(t, "rules: [{allow: udp, to: public, ports: 1-100}]")}
 	now.Store(policies[0])
-	p, s, r := open(t, now.Load)
+	p, s, r := open(t, func(tunnel.Peer) *policy.Policy { return now.Load() })
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() {
@@ -365,5 +367,156 @@ func BenchmarkGuardSend(b *testing.B) {
 				p.Send(payload, targets[i%count])
 			}
 		})
+	}
+}
+
+// pipe is an Opener whose streams and associations tests can look at.
+type pipe struct {
+	mu       sync.Mutex
+	aborted  map[string]error // by target
+	receiver tunnel.Receiver
+	during   func() // called inside OpenStream
+}
+
+type pipeStream struct {
+	tunnel.Stream
+	p  *pipe
+	to string
+}
+
+func (s *pipeStream) Abort(err error) {
+	s.p.mu.Lock()
+	defer s.p.mu.Unlock()
+	s.p.aborted[s.to] = err
+}
+
+func (s *pipeStream) Close() error { return nil }
+
+func (p *pipe) OpenStream(_ context.Context, _ tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
+	if p.during != nil {
+		p.during()
+	}
+	return &pipeStream{p: p, to: to.String()}, nil
+}
+
+func (p *pipe) OpenPackets(_ tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, error) {
+	p.receiver = r
+	return &sink{}, nil
+}
+
+// came counts what is delivered from each address.
+type came struct {
+	receiver
+	from map[netip.AddrPort]int
+}
+
+func (c *came) Deliver(_ []byte, from netip.AddrPort) { c.from[from]++ }
+
+func TestANewPolicyEndsTheLiveFlowsThatItForbids(t *testing.T) {
+	var now atomic.Pointer[policy.Policy]
+	now.Store(parse(t, "rules: [{allow: any, to: [8.8.8.0/24, a.example.com, b.example.com]}]"))
+	next := &pipe{aborted: map[string]error{}}
+	g := policy.NewGuard(next, func(tunnel.Peer) *policy.Policy { return now.Load() })
+	var told []policy.Denial
+	g.Denied = func(d policy.Denial) { told = append(told, d) }
+	named := func(host, a string) tunnel.Target { return tunnel.Target{Host: host, Addr: addr(a), Port: 5} }
+	kept, cut, gone := target(t, "8.8.8.8:5"), target(t, "8.8.8.9:5"), target(t, "8.8.8.10:5")
+	nameKept, nameCut := named("a.example.com", "1.1.1.1"), named("b.example.com", "1.1.1.2")
+	in := &came{from: map[netip.AddrPort]int{}}
+	p, err := g.OpenPackets(tunnel.Peer{App: "x"}, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, to := range []tunnel.Target{kept, cut, gone, nameKept, nameCut} {
+		s, err := g.OpenStream(t.Context(), tunnel.Peer{App: "x"}, to)
+		if err != nil || p.Send(nil, to) != nil {
+			t.Fatal(to, err)
+		}
+		if to == gone {
+			s.Close()
+		}
+	}
+	deliver := func() {
+		clear(in.from)
+		for _, to := range []tunnel.Target{kept, cut, nameKept, nameCut} {
+			next.receiver.Deliver(nil, netip.AddrPortFrom(to.Addr, 99)) // also from another port
+		}
+	}
+	if deliver(); len(in.from) != 4 {
+		t.Fatalf("delivered %v", in.from)
+	}
+
+	now.Store(parse(t, "rules: [{allow: any, to: [8.8.8.8, a.example.com]}]"))
+	g.Review()
+	if len(next.aborted) != 2 || !errors.Is(next.aborted[cut.String()], tunnel.PolicyDenied) || !errors.Is(next.aborted[nameCut.String()], tunnel.PolicyDenied) {
+		t.Errorf("aborted %v", next.aborted)
+	}
+	if deliver(); len(in.from) != 2 || in.from[netip.AddrPortFrom(kept.Addr, 99)] != 1 || in.from[netip.AddrPortFrom(nameKept.Addr, 99)] != 1 || g.Dropped() != 2 {
+		t.Errorf("delivered %v, dropped %d", in.from, g.Dropped())
+	}
+	if n := in.reports(); n != 3 { // cut, gone and nameCut
+		t.Errorf("the app was told of %d targets", n)
+	}
+	live := 0
+	for _, d := range told {
+		if !d.Live || d.By.App != "x" || !errors.Is(d.Err, tunnel.PolicyDenied) {
+			t.Errorf("told of %+v", d)
+		}
+		live++
+	}
+	if live != 2+3 {
+		t.Errorf("told of %d ends", live)
+	}
+
+	now.Store(parse(t, "rules: [{allow: any, to: any}]"))
+	g.Review()
+	if deliver(); len(in.from) != 4 {
+		t.Errorf("allowed again, delivered %v", in.from)
+	}
+}
+
+func TestAStreamThatOpensWhileThePolicyChangesDoesNotSlipThrough(t *testing.T) {
+	var now atomic.Pointer[policy.Policy]
+	now.Store(parse(t, "rules: [{allow: tcp, to: 8.8.8.8}]"))
+	next := &pipe{aborted: map[string]error{}}
+	g := policy.NewGuard(next, func(tunnel.Peer) *policy.Policy { return now.Load() })
+	next.during = func() {
+		now.Store(parse(t, "rules: []"))
+		g.Review()
+	}
+	_, err := g.OpenStream(t.Context(), tunnel.Peer{}, target(t, "8.8.8.8:5"))
+	if !errors.Is(err, tunnel.PolicyDenied) || len(next.aborted) != 1 {
+		t.Errorf("%v, aborted %v", err, next.aborted)
+	}
+}
+
+func TestWhatWasSentToANameMayAnswerUnlessARuleForbidsItsAddress(t *testing.T) {
+	var now atomic.Pointer[policy.Policy]
+	now.Store(parse(t, "rules: [{allow: udp, to: [a.example.com, 8.8.8.8]}]"))
+	next := &pipe{}
+	g := policy.NewGuard(next, func(tunnel.Peer) *policy.Policy { return now.Load() })
+	in := &came{from: map[netip.AddrPort]int{}}
+	p, _ := g.OpenPackets(tunnel.Peer{}, in)
+	p.Send(nil, tunnel.Target{Host: "a.example.com", Port: 5})
+	for text, want := range map[string]int{
+		"rules: [{allow: udp, to: a.example.com}]":                              1,
+		"rules: [{allow: udp, to: a.example.com}, {deny: any, to: 9.9.9.0/24}]": 0,
+		"rules: [{allow: udp, to: b.example.com}]":                              0,
+	} {
+		now.Store(parse(t, text))
+		g.Review()
+		clear(in.from)
+		next.receiver.Deliver(nil, netip.MustParseAddrPort("9.9.9.9:5"))
+		if n := in.from[netip.MustParseAddrPort("9.9.9.9:5")]; n != want {
+			t.Errorf("%s: delivered %d", text, n)
+		}
+	}
+}
+
+func TestWithoutAPolicyOfItsOwnAnEndLetsTheOtherDecide(t *testing.T) {
+	for _, to := range []tunnel.Target{target(t, "127.0.0.1:1"), target(t, "10.0.0.1:1"), {Host: "a.example", Port: 1}} {
+		if d := policy.Elsewhere().Decide(policy.TCP, to); !d.Allow || !d.Undecided || d.Tag != "" {
+			t.Errorf("%s: %+v", to, d)
+		}
 	}
 }

@@ -21,6 +21,8 @@ type Policy struct {
 	reasons []string // by rule, made once
 	denies  int32    // rules before this one deny
 
+	elsewhere bool // decides nothing: see Elsewhere
+
 	special  bart.Lite
 	listed   []netip.Prefix // what special holds, for people
 	profiles []string
@@ -82,6 +84,12 @@ func New(c Config) (*Policy, error) {
 	}
 	return p, nil
 }
+
+// Elsewhere is the policy of an end that has none: it lets everything pass, for
+// the other end to decide. It is always the same.
+func Elsewhere() *Policy { return elsewhere }
+
+var elsewhere = &Policy{elsewhere: true}
 
 // index fills the tables from the rules.
 func (p *Policy) index() error {
@@ -158,6 +166,7 @@ const (
 	reasonNoTarget  = "it has neither a name nor an address"
 	reasonNoPort    = "port 0 is no destination"
 	reasonLongName  = "its name is longer than a host name can be"
+	reasonElsewhere = "there is no policy here, and the cloud proxy decides"
 	reasonUndecided = "not decided here: only address rules could match, and the cloud proxy decides on the numeric address"
 )
 
@@ -166,6 +175,9 @@ const (
 func (p *Policy) Decide(proto Proto, t tunnel.Target) Decision {
 	if p == nil {
 		return Decision{Reason: "no policy is loaded"}
+	}
+	if p.elsewhere {
+		return Decision{Allow: true, Undecided: true, Reason: reasonElsewhere}
 	}
 	host, addr := strings.TrimSuffix(t.Host, "."), t.Addr
 	if !addr.IsValid() && literal(host) {

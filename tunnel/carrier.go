@@ -168,8 +168,3 @@ type Open struct {
 	Key      ed25519.PublicKey // the key proved by TLS
 	From     netip.AddrPort    // where the sidecar seems to be
 }
-
-// Authorize admits a session at the cloud proxy: it returns what the session's
-// traffic goes into and a release to be called once when the session has
-// ended, or an error with a code.
-type Authorize func(context.Context, Open) (next Opener, release func(), err error)

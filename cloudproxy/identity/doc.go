@@ -7,9 +7,10 @@
 // by cnf (RFC 7800 §3.4).
 //
 // It promises that nothing of a token is believed before its signature has been
-// checked, that no error holds any part of a token, and that the quota is exact
-// within one process.
+// checked, that no error holds any part of a token, that the quota is exact
+// within one process, and that Place.Check knows within one call of a token that
+// has expired, of one that was revoked, and of a key that signs no longer.
 //
-// It does not share quotas between cloud proxies, and does not know revocation:
-// a token lives until it expires or its key is removed.
+// It does not share quotas between cloud proxies, does not look at files by
+// itself (Admission.Change is told), and does not end sessions.
 package identity

@@ -164,17 +164,17 @@ func TestAdmissionAsksForWhatTheTokenNames(t *testing.T) {
 	} {
 		o := right
 		change(&o)
-		if _, _, err := a.Admit(context.Background(), o); tunnel.CodeOf(err) != tunnel.TokenRejected {
+		if _, err := a.Admit(context.Background(), o); tunnel.CodeOf(err) != tunnel.TokenRejected {
 			t.Errorf("another %s: %v", name, err)
 		}
 	}
-	if _, release, err := a.Admit(context.Background(), right); err != nil {
+	if p, err := a.Admit(context.Background(), right); err != nil {
 		t.Error(err)
 	} else {
-		release()
+		p.Release()
 	}
 	strict, _ := NewAdmission(Config{Keys: NewKeys(pub), Apps: map[string]Limit{"b": {}}, Now: func() time.Time { return epoch }})
-	if _, _, err := strict.Admit(context.Background(), right); tunnel.CodeOf(err) != tunnel.TokenRejected {
+	if _, err := strict.Admit(context.Background(), right); tunnel.CodeOf(err) != tunnel.TokenRejected {
 		t.Errorf("an App ID that is not served: %v", err)
 	}
 }
@@ -188,7 +188,7 @@ func TestAThousandClaimsOnTenPlacesGetTen(t *testing.T) {
 	for range 1000 {
 		side, _, _ := ed25519.GenerateKey(rand.Reader)
 		wg.Go(func() {
-			switch _, _, err := a.Admit(context.Background(), tunnel.Open{App: "app", Token: token, Key: side}); tunnel.CodeOf(err) {
+			switch _, err := a.Admit(context.Background(), tunnel.Open{App: "app", Token: token, Key: side}); tunnel.CodeOf(err) {
 			case "":
 				got.Add(1)
 			case tunnel.QuotaExceeded:
@@ -216,17 +216,18 @@ func TestSessionsOfOneKeyShareAPlaceUntilTheLastHasEnded(t *testing.T) {
 			a, _ := NewAdmission(Config{Keys: NewKeys(pub), Now: func() time.Time { return epoch }})
 			var release [2]func()
 			for i := range release {
-				var err error
-				if _, release[i], err = a.Admit(context.Background(), open); err != nil {
+				p, err := a.Admit(context.Background(), open)
+				if err != nil {
 					t.Fatal(err)
 				}
+				release[i] = p.Release
 			}
 			release[order[0]]()
 			release[order[0]]()
 			if a.Sessions()["app"] != 1 {
 				t.Fatal("the end of one session took the other one's place away")
 			}
-			if _, _, err := a.Admit(context.Background(), stranger); tunnel.CodeOf(err) != tunnel.QuotaExceeded {
+			if _, err := a.Admit(context.Background(), stranger); tunnel.CodeOf(err) != tunnel.QuotaExceeded {
 				t.Fatalf("another key beside it: %v", err)
 			}
 			release[order[1]]()
@@ -234,7 +235,7 @@ func TestSessionsOfOneKeyShareAPlaceUntilTheLastHasEnded(t *testing.T) {
 			if len(a.Sessions()) != 0 {
 				t.Fatal("the place was not given back")
 			}
-			if _, _, err := a.Admit(context.Background(), stranger); err != nil {
+			if _, err := a.Admit(context.Background(), stranger); err != nil {
 				t.Fatalf("another key after it: %v", err)
 			}
 		})

@@ -39,17 +39,22 @@ func SavePublicKey(file string, key ed25519.PublicKey) error {
 }
 
 func save(file, kind string, der []byte, mode os.FileMode) error {
+	return writeNew(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), mode)
+}
+
+// writeNew writes a file that must not exist yet.
+func writeNew(file string, data []byte, mode os.FileMode) error {
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if err != nil {
-		return tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be written: %w", err)
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the file can not be written: %w", err)
 	}
-	err = pem.Encode(f, &pem.Block{Type: kind, Bytes: der})
+	_, err = f.Write(data)
 	if e := f.Close(); err == nil {
 		err = e
 	}
 	if err != nil {
 		os.Remove(file)
-		return tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be written: %w", err)
+		return tunnel.Errorf(tunnel.ConfigInvalid, "the file can not be written: %w", err)
 	}
 	return nil
 }

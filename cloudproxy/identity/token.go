@@ -87,13 +87,16 @@ func (c *Claims) check() error {
 	return nil
 }
 
+// NewID makes a token ID.
+func NewID() string { return rand.Text() }
+
 // Issue signs a token. Errors are ConfigInvalid and name the claim.
 func Issue(key ed25519.PrivateKey, c Claims) (string, error) {
 	if len(key) != ed25519.PrivateKeySize {
 		return "", tunnel.Errorf(tunnel.ConfigInvalid, "a token is signed with an Ed25519 key; 'culvert-cloudproxy init' makes one")
 	}
 	if c.ID == "" {
-		c.ID = rand.Text()
+		c.ID = NewID()
 	}
 	if err := c.check(); err != nil {
 		return "", err
@@ -132,13 +135,22 @@ var errUnknownKey = errors.New("unknown key")
 // Verify checks a token at a time; the clocks may differ by Skew. It fails with
 // TokenExpired or TokenRejected. With TokenExpired the claims are genuine.
 func (k Keys) Verify(token string, now time.Time) (Claims, error) {
+	c, _, err := k.verify(token, now)
+	return c, err
+}
+
+// verify also returns the Thumbprint of the key that has signed the token.
+func (k Keys) verify(token string, now time.Time) (Claims, string, error) {
+	fail := func(err error) (Claims, string, error) { return Claims{}, "", err }
 	if len(token) > MaxToken {
-		return Claims{}, tunnel.Errorf(tunnel.TokenRejected, "the token has %d bytes, more than %d; copy it again", len(token), MaxToken)
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token has %d bytes, more than %d; copy it again", len(token), MaxToken))
 	}
 	var w wireClaims
+	var by string
 	_, err := jwt.ParseWithClaims(token, &w, func(t *jwt.Token) (any, error) {
 		kid, _ := t.Header["kid"].(string)
 		if key, ok := k[kid]; ok && len(key) == ed25519.PublicKeySize {
+			by = kid
 			return key, nil
 		}
 		return nil, errUnknownKey
@@ -149,25 +161,29 @@ func (k Keys) Verify(token string, now time.Time) (Claims, error) {
 	switch {
 	case err == nil, expired:
 	case errors.Is(err, errUnknownKey):
-		return Claims{}, tunnel.Errorf(tunnel.TokenRejected, "the token is signed with a key that is not known here; get a token for this cloud proxy")
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is signed with a key that is not known here; get a token for this cloud proxy"))
 	case errors.Is(err, jwt.ErrTokenUsedBeforeIssued), errors.Is(err, jwt.ErrTokenNotValidYet):
-		return Claims{}, tunnel.Errorf(tunnel.TokenRejected, "the token is from the future; check the clocks of this host and of the one that issued it")
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is from the future; check the clocks of this host and of the one that issued it"))
 	case errors.Is(err, jwt.ErrTokenSignatureInvalid):
-		return Claims{}, tunnel.Errorf(tunnel.TokenRejected, "the token's signature is not right; copy it again or get a new one")
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token's signature is not right; copy it again or get a new one"))
 	default:
-		return Claims{}, errNoToken
+		return fail(errNoToken)
 	}
 	c := w.claims()
 	if w.Confirm != nil && c.Key == "" {
-		return Claims{}, tunnel.Errorf(tunnel.TokenRejected, "the token is bound to a key in a way that is not known here; get a new one")
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is bound to a key in a way that is not known here; get a new one"))
 	}
 	if err := c.check(); err != nil {
-		return Claims{}, tunnel.Errorf(tunnel.TokenRejected, "the token is not right (%s); get a new one", tunnel.Sentence(err))
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is not right (%s); get a new one", tunnel.Sentence(err)))
 	}
 	if expired {
-		return c, tunnel.Errorf(tunnel.TokenExpired, "the token expired on %s; get a new one", c.Expires.Format(time.RFC3339))
+		return c, by, expiredOn(c)
 	}
-	return c, nil
+	return c, by, nil
+}
+
+func expiredOn(c Claims) error {
+	return tunnel.Errorf(tunnel.TokenExpired, "the token expired on %s; get a new one", c.Expires.UTC().Format(time.RFC3339))
 }
 
 // Unverified reads a token without checking its signature or expiry: only for

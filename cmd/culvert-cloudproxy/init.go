@@ -121,7 +121,7 @@ func runInit(c *cli.Context) error {
 		return usageError("the folder %s can not be made: %w", p.dir, err)
 	}
 	in := func(name string) string { return filepath.Join(p.dir, name) }
-	files := []string{"cert.pem", "key.pem", "reset.key", "token.key", "token.pub", "cloudproxy.yaml", "culvert.yaml"}
+	files := []string{"cert.pem", "key.pem", "reset.key", "token.key", "token.pub", revokedName, issuedName, "cloudproxy.yaml", "culvert.yaml"}
 	for _, name := range files { // all or nothing
 		if _, err := os.Lstat(in(name)); err == nil {
 			return usageError("%s is there already and is not overwritten; choose another --dir, or move it away", in(name))
@@ -131,8 +131,9 @@ func runInit(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	now := time.Now()
-	token, err := identity.Issue(signer, identity.Claims{App: c.String("app"), Region: c.String("region"), Concurrency: c.Int("concurrency"), Issued: now, Expires: now.Add(c.Duration("for"))})
+	now := time.Now().Truncate(time.Second) // as tokens tell it
+	claims := identity.Claims{App: c.String("app"), Region: c.String("region"), Concurrency: c.Int("concurrency"), Issued: now, Expires: now.Add(c.Duration("for")), ID: identity.NewID()}
+	token, err := identity.Issue(signer, claims)
 	if err != nil {
 		return err
 	}
@@ -140,7 +141,7 @@ func runInit(c *cli.Context) error {
 	far, err := document("The cloud proxy's configuration; docs/configuration.md has every key.", config.CloudProxy{
 		Listen: ":" + p.port, Address: address, Region: c.String("region"),
 		Certificate: config.Certificate{CertFile: "cert.pem", KeyFile: "key.pem"}, ResetKey: "reset.key",
-		Tokens: config.Tokens{PublicKeys: config.List{"token.pub"}}, Policy: p.policy,
+		Tokens: config.Tokens{PublicKeys: config.List{"token.pub"}, Revoked: revokedName}, Policy: p.policy,
 	})
 	if err != nil {
 		return err
@@ -161,6 +162,12 @@ func runInit(c *cli.Context) error {
 	if err := identity.SavePublicKey(in("token.pub"), signer.Public().(ed25519.PublicKey)); err != nil {
 		return err
 	}
+	if err := identity.NewRevoked(in(revokedName)); err != nil {
+		return err
+	}
+	if err := identity.AppendIssued(in(issuedName), claims); err != nil {
+		return err
+	}
 	for _, f := range []struct {
 		name string
 		data []byte
@@ -176,6 +183,8 @@ func runInit(c *cli.Context) error {
 	_, err = fmt.Fprintf(c.App.Writer, `Made in %s:
   cert.pem key.pem       the certificate, pin %s
   token.key token.pub    what signs tokens; 'culvert-cloudproxy token new' makes more
+  token.revoked          which are accepted no longer: 'culvert-cloudproxy token revoke'
+  token.issued           what was signed, for 'culvert-cloudproxy token list'; holds no token
   reset.key              lets sidecars notice a restart at once
   cloudproxy.yaml        run here:     culvert-cloudproxy run -c %s
   culvert.yaml           take it to the sidecar's machine: culvert run -c culvert.yaml

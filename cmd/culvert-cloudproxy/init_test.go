@@ -245,7 +245,7 @@ func TestInitKeepsSecretsToTheUserAndOverwritesNothing(t *testing.T) {
 	before := map[string][]byte{}
 	for name, mode := range map[string]fs.FileMode{
 		"key.pem": 0o600, "reset.key": 0o600, "token.key": 0o600, "culvert.yaml": 0o600,
-		"cert.pem": 0o644, "token.pub": 0o644, "cloudproxy.yaml": 0o644,
+		"token.issued": 0o600, "cert.pem": 0o644, "token.pub": 0o644, "token.revoked": 0o644, "cloudproxy.yaml": 0o644,
 	} {
 		st, err := os.Stat(filepath.Join(dir, name))
 		if err != nil {

@@ -58,6 +58,7 @@ func runCloudProxy(c *cli.Context) error {
 		daemon.SdNotify(false, daemon.SdNotifyStopping)
 		stop() // a second signal ends the process at once
 	}()
+	defer assemble.OnHangup(ctx, cloud.Reload)()
 	if every, err := daemon.SdWatchdogEnabled(false); err == nil && every > 0 {
 		go func() {
 			for {

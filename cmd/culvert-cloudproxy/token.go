@@ -3,8 +3,10 @@ package main
 import (
 	"crypto/ed25519"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,11 +19,12 @@ import (
 	"culvert/tunnel"
 )
 
-// tokenCommand makes and shows tokens. It needs no running cloud proxy.
+// tokenCommand makes, shows, lists and revokes tokens. It needs no running cloud
+// proxy: one that runs notices by itself that the revocation list has changed.
 func tokenCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "token",
-		Usage: "make a token for a sidecar, or show what one says",
+		Usage: "make a token for a sidecar, show what one says, revoke it, or list those that were made",
 		Subcommands: []*cli.Command{
 			{
 				Name:  "new",
@@ -49,6 +52,28 @@ func tokenCommand() *cli.Command {
 					&cli.BoolFlag{Name: "json", Usage: "print one JSON object"},
 				},
 				Action: tokenInspect,
+			},
+			{
+				Name:      "revoke",
+				Usage:     "have a token accepted no longer: live sessions that it opened end within 5 s",
+				ArgsUsage: "[FILE|-]",
+				Flags: []cli.Flag{
+					&cli.StringFlag{Name: "dir", Usage: "the list is `DIR`/" + revokedName},
+					&cli.StringFlag{Name: "list", Usage: "the list is `FILE` (tokens.revoked_file of cloudproxy.yaml)"},
+					&cli.StringFlag{Name: "id", Usage: "the token with this `ID`, as inspect and list show it"},
+					&cli.StringFlag{Name: "app", Usage: "all tokens of the App `ID` that were made until now"},
+					&cli.StringFlag{Name: "cnf", Usage: "all tokens that the sidecar with this key's `THUMBPRINT` shows"},
+				},
+				Action: tokenRevoke,
+			},
+			{
+				Name:  "list",
+				Usage: "list the tokens that were made with a key, and which are valid",
+				Flags: []cli.Flag{
+					&cli.StringFlag{Name: "dir", Usage: "`DIR` holds token.key, with the lists beside it (must be given)"},
+					&cli.BoolFlag{Name: "json", Usage: "print one JSON object"},
+				},
+				Action: tokenList,
 			},
 		},
 	}
@@ -87,13 +112,17 @@ func tokenNew(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	now := time.Now()
-	token, err := identity.Issue(key, identity.Claims{
+	now := time.Now().Truncate(time.Second) // as tokens tell it
+	claims := identity.Claims{
 		App: c.String("app"), Region: c.String("region"), Operator: c.String("operator"), Concurrency: c.Int("concurrency"),
-		Issued: now, Expires: now.Add(c.Duration("for")), Key: c.String("cnf"),
-	})
+		Issued: now, Expires: now.Add(c.Duration("for")), Key: c.String("cnf"), ID: identity.NewID(),
+	}
+	token, err := identity.Issue(key, claims)
 	if err != nil {
 		return err
+	}
+	if err := identity.AppendIssued(filepath.Join(filepath.Dir(file), issuedName), claims); err != nil { // the token is good all the same
+		fmt.Fprintln(c.App.ErrWriter, "culvert-cloudproxy: 'token list' will not show this token:", err)
 	}
 	out := c.String("out")
 	if out == "" {
@@ -112,6 +141,103 @@ func tokenNew(c *cli.Context) error {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "the token can not be written: %w", err)
 	}
 	return nil
+}
+
+// The lists lie beside the key that signs.
+const (
+	revokedName = "token.revoked"
+	issuedName  = "token.issued"
+)
+
+func tokenRevoke(c *cli.Context) error {
+	list := c.String("list")
+	switch dir := c.String("dir"); {
+	case (dir == "") == (list == ""):
+		return tunnel.Errorf(tunnel.ConfigInvalid, "token revoke needs --dir DIR or --list FILE, one of them")
+	case dir != "":
+		list = filepath.Join(dir, revokedName)
+	}
+	v := identity.Revocation{ID: c.String("id"), Key: c.String("cnf"), App: c.String("app"), At: time.Now()}
+	given := 0
+	for _, word := range []string{v.ID, v.Key, v.App, c.Args().First()} {
+		if word != "" {
+			given++
+		}
+	}
+	if given != 1 {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "token revoke takes one of --id, --app, --cnf and the file that holds the token, with flags before it; see --help")
+	}
+	if c.Args().Present() {
+		token, err := tokenRead(c)
+		if err != nil {
+			return err
+		}
+		claims, err := identity.Unverified(token)
+		if err != nil {
+			return err
+		}
+		v.ID = claims.ID
+	}
+	if err := identity.AppendRevoked(list, v); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(c.App.Writer, "Revoked in %s; the cloud proxies that have it as tokens.revoked_file follow within 5 s.\n", list)
+	return err
+}
+
+// tokenLine is one token of the list.
+type tokenLine struct {
+	identity.Claims
+	State string `json:"state"` // "valid", "expired" or "revoked"
+}
+
+func tokenList(c *cli.Context) error {
+	dir := c.String("dir")
+	if dir == "" || c.Args().Present() {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "token list takes --dir DIR and no arguments; see --help")
+	}
+	issued, bad, err := identity.LoadIssued(filepath.Join(dir, issuedName))
+	if err != nil {
+		return err
+	}
+	revoked, err := identity.LoadRevoked(filepath.Join(dir, revokedName))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if bad > 0 {
+		fmt.Fprintf(c.App.ErrWriter, "culvert-cloudproxy: %d lines of %s are not understood and are left out\n", bad, filepath.Join(dir, issuedName))
+	}
+	lines := []tokenLine{}
+	for _, cl := range issued {
+		state := "valid"
+		switch {
+		case revoked.Revokes(cl, cl.Key):
+			state = "revoked"
+		case time.Now().After(cl.Expires.Add(identity.Skew)):
+			state = "expired"
+		}
+		lines = append(lines, tokenLine{cl, state})
+	}
+	if c.Bool("json") {
+		e := json.NewEncoder(c.App.Writer)
+		e.SetIndent("", "  ")
+		return e.Encode(struct {
+			Tokens []tokenLine `json:"tokens"`
+		}{lines})
+	}
+	w := tabwriter.NewWriter(c.App.Writer, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ID\tSTATE\tAPP ID\tCONCURRENCY\tISSUED\tEXPIRES\tREGION\tOPERATOR\tBOUND TO KEY")
+	for _, l := range lines {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n", l.ID, l.State, l.App, l.Concurrency, tokenTime(l.Issued), tokenTime(l.Expires), dash(l.Region), dash(l.Operator), dash(l.Key))
+	}
+	return w.Flush()
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
 }
 
 // tokenReport is what inspect prints.
@@ -140,6 +266,9 @@ func tokenInspect(c *cli.Context) error {
 		}
 	}
 	report, err := tokenJudge(token, key, time.Now())
+	if dir := c.String("dir"); err == nil && dir != "" {
+		err = report.revokedIn(filepath.Join(dir, revokedName))
+	}
 	if err != nil && report.Claims.App == "" {
 		return err // nothing could be read
 	}
@@ -168,6 +297,21 @@ func tokenInspect(c *cli.Context) error {
 	return err
 }
 
+// revokedIn looks the token up in a list, where there is one.
+func (r *tokenReport) revokedIn(list string) error {
+	revoked, err := identity.LoadRevoked(list)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err == nil && revoked.Revokes(r.Claims, r.Claims.Key):
+		err = tunnel.Errorf(tunnel.TokenRejected, "the token has been revoked; get a new one")
+	}
+	if err != nil {
+		r.Valid, r.Why, r.Code = false, tunnel.Sentence(err), tunnel.CodeOf(err)
+	}
+	return err
+}
+
 func tokenTime(t time.Time) string {
 	if t.IsZero() {
 		return ""
@@ -181,7 +325,7 @@ func tokenRead(c *cli.Context) (string, error) {
 	var in io.Reader = c.App.Reader
 	switch name := c.Args().First(); {
 	case c.Args().Len() > 1:
-		return "", tunnel.Errorf(tunnel.ConfigInvalid, "token inspect takes one file, with flags before it; see --help")
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "token %s takes one file, with flags before it; see --help", c.Command.Name)
 	case strings.HasPrefix(name, "eyJ"):
 		return "", tunnel.Errorf(tunnel.ConfigInvalid, "a token is a secret and is not taken as an argument; give a file, or - and the token on standard input")
 	case name != "" && name != "-":

@@ -173,3 +173,77 @@ func TestATokenWithinTheClockSkewSaysSo(t *testing.T) {
 		}
 	}
 }
+
+func TestTokensAreListedAndRevoked(t *testing.T) {
+	dir := tokenDir(t)
+	_, side, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	thumb := identity.Thumbprint(side.Public().(ed25519.PublicKey))
+	var tokens []string
+	for _, args := range [][]string{{"--app", "a"}, {"--app", "a"}, {"--app", "b"}, {"--app", "c", "--cnf", thumb}, {"--app", "d"}} {
+		token, err := runToken("", append([]string{"new", "--dir", dir}, args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tokens = append(tokens, token)
+	}
+	list := func() []tokenLine {
+		t.Helper()
+		out, err := runToken("", "list", "--dir", dir, "--json")
+		var l struct{ Tokens []tokenLine }
+		if err != nil || json.Unmarshal([]byte(out), &l) != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		for _, token := range tokens {
+			if strings.Contains(out, strings.TrimSpace(token)) {
+				t.Error("the list holds a token")
+			}
+		}
+		return l.Tokens
+	}
+	all := list()
+	if len(all) != 5 || all[0].ID == all[1].ID || all[3].Key != thumb {
+		t.Fatalf("%+v", all)
+	}
+	for _, args := range [][]string{{"--id", all[0].ID}, {"--app", "b"}, {"--cnf", thumb}, {"-"}} {
+		if out, err := runToken(tokens[4], append([]string{"revoke", "--dir", dir}, args...)...); err != nil || !strings.Contains(out, "token.revoked") {
+			t.Errorf("%v: %v %s", args, err, out)
+		}
+	}
+	want := []string{"revoked", "valid", "revoked", "revoked", "revoked"}
+	for i, l := range list() {
+		if l.State != want[i] {
+			t.Errorf("token %d is %s, want %s", i, l.State, want[i])
+		}
+		r, err := inspect(t, tokens[i], "--dir", dir)
+		if r.Valid != (want[i] == "valid") || r.Valid != (err == nil) || !r.Valid && r.Code != tunnel.TokenRejected {
+			t.Errorf("inspect of token %d: %+v, %v", i, r, err)
+		}
+	}
+	if text, err := runToken("", "list", "--dir", dir); err != nil || strings.Count(text, "\n") != 6 || !strings.Contains(text, thumb) {
+		t.Errorf("%v\n%s", err, text)
+	}
+}
+
+func TestWrongUseOfRevokeAndListIsRefused(t *testing.T) {
+	dir := tokenDir(t)
+	token, _ := runToken("", "new", "--dir", dir, "--app", "a")
+	for name, args := range map[string][]string{
+		"revoke without a list":      {"revoke", "--id", "x"},
+		"revoke with two lists":      {"revoke", "--dir", dir, "--list", "x", "--id", "x"},
+		"revoke of nothing":          {"revoke", "--dir", dir},
+		"revoke of two things":       {"revoke", "--dir", dir, "--id", "x", "--app", "a"},
+		"revoke of a bad thumbprint": {"revoke", "--dir", dir, "--cnf", "x"},
+		"revoke of two words":        {"revoke", "--dir", dir, "--id", "x y"},
+		"token as argument":          {"revoke", "--dir", dir, strings.TrimSpace(token)},
+		"list without a folder":      {"list"},
+		"list with an argument":      {"list", "--dir", dir, "x"},
+	} {
+		_, err := runToken("", args...)
+		if tunnel.CodeOf(err) != tunnel.ConfigInvalid || strings.Contains(err.Error(), strings.TrimSpace(token)) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

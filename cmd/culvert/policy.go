@@ -21,7 +21,7 @@ import (
 	"culvert/tunnel"
 )
 
-// policyCommand shows and tries the policy. It reads files and, for nftables,
+// policyCommand shows and tries the policy. It reads files and, for packet filters,
 // asks DNS for the cloud proxy's address; it needs no sidecar.
 func policyCommand() *cli.Command {
 	source := []cli.Flag{
@@ -31,7 +31,7 @@ func policyCommand() *cli.Command {
 	asJSON := &cli.BoolFlag{Name: "json", Usage: "print one JSON object"}
 	return &cli.Command{
 		Name:  "policy",
-		Usage: "show which destinations are allowed, try one, or print what a firewall must open",
+		Usage: "show which destinations are allowed, try one, compare two policies, or print what a firewall must open",
 		Subcommands: []*cli.Command{
 			{
 				Name:   "show",
@@ -43,8 +43,16 @@ func policyCommand() *cli.Command {
 				Name:      "test",
 				Usage:     "say whether a destination is allowed and which rule decides (exit 0 allowed, 1 refused, 2 usage)",
 				ArgsUsage: "tcp|udp HOST:PORT",
-				Flags:     append(slices.Clone(source), asJSON),
-				Action:    policyTest,
+				Flags: append(slices.Clone(source), asJSON,
+					&cli.StringFlag{Name: "app", Usage: "in a cloudproxy.yaml, judge by the policy of the App `ID`"}),
+				Action: policyTest,
+			},
+			{
+				Name:      "diff",
+				Usage:     "say what changes from one policy to another (exit 0 nothing, 1 something, 2 usage)",
+				ArgsUsage: "A B",
+				Flags:     []cli.Flag{asJSON},
+				Action:    policyDiff,
 			},
 			{
 				Name:  "firewall",
@@ -141,14 +149,8 @@ func policyTest(c *cli.Context) error {
 	if !f.given {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "there is no policy to test; give a file with --config, or --profile %s", strings.Join(policy.Profiles(), "|"))
 	}
-	d := f.policy.Decide(proto, to)
-	word := "refused"
-	switch {
-	case d.Undecided:
-		word = "undecided"
-	case d.Allow:
-		word = "allowed"
-	}
+	d := f.policy.Explain(proto, to)
+	word := policyWord(policy.Decision{Allow: d.Allow, Undecided: d.Undecided})
 	if c.Bool("json") {
 		out := struct {
 			Decision string           `json:"decision"`
@@ -158,7 +160,16 @@ func policyTest(c *cli.Context) error {
 			Tag      string           `json:"tag,omitempty"`
 			Special  string           `json:"special,omitempty"`
 			Rule     *policy.RuleText `json:"rule,omitempty"`
-		}{word, proto.String(), to.String(), d.Reason, d.Tag, d.Class, nil}
+			// What else there is for this destination.
+			Also []policy.RuleText `json:"also_match,omitempty"`
+			Near []policyNear      `json:"do_not_match,omitempty"`
+		}{word, proto.String(), to.String(), d.Reason, d.Tag, d.Class, nil, nil, nil}
+		for i := range d.Also {
+			out.Also = append(out.Also, d.Also[i].Text())
+		}
+		for i := range d.Near {
+			out.Near = append(out.Near, policyNear{d.Near[i].Rule.Text(), d.Near[i].Not})
+		}
 		if d.Rule != nil {
 			text := d.Rule.Text()
 			out.Rule = &text
@@ -169,12 +180,152 @@ func policyTest(c *cli.Context) error {
 		if d.Tag != "" {
 			tag = "; its traffic is tagged " + d.Tag
 		}
-		_, err = fmt.Fprintf(c.App.Writer, "%s: %s %s: %s%s\n", word, proto, to, d.Reason, tag)
+		var b strings.Builder
+		fmt.Fprintf(&b, "%s: %s %s: %s%s\n", word, proto, to, d.Reason, tag)
+		for i := range d.Also {
+			fmt.Fprintf(&b, "  also matches, but comes later: %s\n", &d.Also[i])
+		}
+		for i := range d.Near {
+			fmt.Fprintf(&b, "  same destination, other %s: %s\n", d.Near[i].Not, &d.Near[i].Rule)
+		}
+		_, err = io.WriteString(c.App.Writer, b.String())
 	}
 	if err == nil && !d.Allow {
-		err = policy.Denied(proto, to, d)
+		err = policy.Denied(proto, to, d.Decision)
 	}
 	return err
+}
+
+// policyNear is a rule for the same destination that does not match.
+type policyNear struct {
+	Rule policy.RuleText `json:"rule"`
+	Not  string          `json:"because_of"` // "protocol" or "ports"
+}
+
+// policyFlip is a destination that two policies judge differently.
+type policyFlip struct {
+	Protocol string `json:"protocol"`
+	To       string `json:"to"`
+	Before   string `json:"before"`
+	After    string `json:"after"`
+	Why      string `json:"why"` // the reason of the second
+}
+
+func policyDiff(c *cli.Context) error {
+	if c.NArg() != 2 {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "policy diff takes two files, or names of built-in profiles: culvert policy diff old.yaml culvert.yaml")
+	}
+	var both [2]*policy.Policy
+	for i, name := range c.Args().Slice() {
+		p, err := policyNamed(name)
+		if err != nil {
+			return err
+		}
+		both[i] = p
+	}
+	d := policy.Diff(both[0], both[1])
+	flips := []policyFlip{}
+	for _, f := range d.Flips {
+		flips = append(flips, policyFlip{f.Proto.String(), f.To.String(), policyWord(f.Before), policyWord(f.After), f.After.Reason})
+	}
+	var err error
+	if c.Bool("json") {
+		texts := func(rules []policy.Rule) []policy.RuleText {
+			all := []policy.RuleText{}
+			for i := range rules {
+				all = append(all, rules[i].Text())
+			}
+			return all
+		}
+		words := func(list []netip.Prefix) []string {
+			all := []string{}
+			for _, p := range list {
+				all = append(all, p.String())
+			}
+			return all
+		}
+		err = policyJSON(c.App.Writer, struct {
+			Same           bool              `json:"same"`
+			Removed        []policy.RuleText `json:"removed"`
+			Added          []policy.RuleText `json:"added"`
+			SpecialRemoved []string          `json:"special_removed"`
+			SpecialAdded   []string          `json:"special_added"`
+			Destinations   []policyFlip      `json:"destinations"`
+		}{d.Same(), texts(d.Removed), texts(d.Added), words(d.SpecialRemoved), words(d.SpecialAdded), flips})
+	} else {
+		var b strings.Builder
+		for i := range d.Removed {
+			fmt.Fprintf(&b, "- %s\n", &d.Removed[i])
+		}
+		for i := range d.Added {
+			fmt.Fprintf(&b, "+ %s\n", &d.Added[i])
+		}
+		for _, p := range d.SpecialRemoved {
+			fmt.Fprintf(&b, "- special %s\n", p)
+		}
+		for _, p := range d.SpecialAdded {
+			fmt.Fprintf(&b, "+ special %s\n", p)
+		}
+		const most = 100
+		for i, f := range flips {
+			if i == most {
+				fmt.Fprintf(&b, "and %d more destinations; --json has all\n", len(flips)-most)
+				break
+			}
+			fmt.Fprintf(&b, "%s %s: %s, was %s: %s\n", f.Protocol, f.To, f.After, f.Before, f.Why)
+		}
+		if d.Same() {
+			b.WriteString("The policies are the same.\n")
+		}
+		_, err = io.WriteString(c.App.Writer, b.String())
+	}
+	if err == nil && !d.Same() {
+		err = errDiffers
+	}
+	return err
+}
+
+// errDiffers makes the exit code 1, as diff's.
+var errDiffers = errors.New("the policies differ")
+
+// policyWord is a decision in one word.
+func policyWord(d policy.Decision) string {
+	word := "refused"
+	switch {
+	case d.Undecided:
+		word = "undecided"
+	case d.Allow:
+		word = "allowed"
+	}
+	if d.Tag != "" {
+		word += " (" + d.Tag + ")"
+	}
+	return word
+}
+
+// policyNamed reads a policy from a file, or makes a built-in profile's.
+func policyNamed(name string) (*policy.Policy, error) {
+	if slices.Contains(policy.Profiles(), name) {
+		if _, err := os.Stat(name); err != nil {
+			return policy.New(policy.Config{Profiles: []string{name}})
+		}
+	}
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the policy can not be read: %w", err)
+	}
+	config, _, err := readPolicyFile(data, "")
+	if err != nil {
+		return nil, policy.InFile(name, err)
+	}
+	for i := range config.Rules {
+		config.Rules[i].File = name
+	}
+	p, err := policy.New(config)
+	if err != nil {
+		return nil, policy.InFile(name, err)
+	}
+	return p, nil
 }
 
 func policyFirewall(c *cli.Context) error {
@@ -209,12 +360,12 @@ func policyFirewall(c *cli.Context) error {
 			return err
 		}
 		proxy := policy.CloudProxy{Target: to}
-		if format == "nftables" && !to.Addr.IsValid() {
+		if policy.NeedsAddresses(format) && !to.Addr.IsValid() {
 			ctx, cancel := context.WithTimeout(c.Context, 5*time.Second)
 			proxy.Addrs, err = net.DefaultResolver.LookupNetIP(ctx, "ip", to.Host)
 			cancel()
 			if err != nil {
-				return tunnel.Errorf(tunnel.NameUnresolved, "nftables needs the address of the cloud proxy %q, but it was not found (%w); give it with --cloud ADDRESS:PORT", to.Host, err)
+				return tunnel.Errorf(tunnel.NameUnresolved, "%s needs the address of the cloud proxy %q, but it was not found (%w); give it with --cloud ADDRESS:PORT", format, to.Host, err)
 			}
 		}
 		cloud = append(cloud, proxy)
@@ -238,7 +389,7 @@ func policyFromFlags(c *cli.Context) (policyFile, error) {
 		if err != nil {
 			return f, tunnel.Errorf(tunnel.ConfigInvalid, "the configuration can not be read: %w", err)
 		}
-		if config, f.cloud, err = readPolicyFile(data); err != nil {
+		if config, f.cloud, err = readPolicyFile(data, c.String("app")); err != nil {
 			return f, policy.InFile(file, err)
 		}
 		for i := range config.Rules {
@@ -252,20 +403,38 @@ func policyFromFlags(c *cli.Context) (policyFile, error) {
 	return f, err
 }
 
-// readPolicyFile reads a culvert.yaml, of which it looks at two sections only,
-// or a file that holds nothing but a policy.
-func readPolicyFile(data []byte) (policy.Config, []string, error) {
+// policyApp is what this command knows of an App ID.
+type policyApp struct {
+	ID     string         `yaml:"id"`
+	Policy *policy.Config `yaml:"policy"`
+}
+
+// readPolicyFile reads a culvert.yaml or cloudproxy.yaml, of which it looks at
+// some sections only, or a file that holds nothing but a policy. With an App ID
+// the policy is that App's.
+func readPolicyFile(data []byte, app string) (policy.Config, []string, error) {
 	var sections struct {
-		CloudProxy yaml.Node `yaml:"cloud_proxy"`
-		Policy     yaml.Node `yaml:"policy"`
+		Apps       []policyApp `yaml:"apps"`
+		CloudProxy yaml.Node   `yaml:"cloud_proxy"`
+		Policy     yaml.Node   `yaml:"policy"`
 	}
 	var config policy.Config
 	var root yaml.Node
 	if err := yaml.Unmarshal(data, &root); err != nil {
 		return config, nil, err
 	}
-	if root.Decode(&sections) != nil || sections.CloudProxy.IsZero() && sections.Policy.IsZero() {
+	if err := root.Decode(&sections); err != nil && app != "" {
+		return config, nil, err
+	} else if app == "" && (err != nil || sections.CloudProxy.IsZero() && sections.Policy.IsZero()) {
 		return config, nil, yaml.Unmarshal(data, &config)
+	}
+	for _, a := range sections.Apps {
+		if a.ID == app && a.Policy != nil {
+			return *a.Policy, nil, nil
+		}
+	}
+	if app != "" && len(sections.Apps) > 0 && !slices.ContainsFunc(sections.Apps, func(a policyApp) bool { return a.ID == app }) {
+		return config, nil, tunnel.Errorf(tunnel.ConfigInvalid, "the App ID %.80q is not among apps, so it is not served; name one that is", app)
 	}
 	var cloud []string
 	if !sections.CloudProxy.IsZero() {

@@ -151,3 +151,66 @@ func TestPolicyFirewallKnowsTheCloudProxy(t *testing.T) {
 		}
 	}
 }
+
+func TestPolicyTestShowsTheRulesAroundTheDecision(t *testing.T) {
+	file := policyTestFile(t, "rules: [{allow: udp, to: 8.8.8.8, ports: 1-9}, {allow: udp, to: public, ports: 1-5}]")
+	out, err := runPolicy(t, "test", "-c", file, "udp", "8.8.8.8:7")
+	if err != nil || !strings.Contains(out, "same destination, other ports: allow udp to public ports 1-5") {
+		t.Errorf("%v: %s", err, out)
+	}
+	out, _ = runPolicy(t, "test", "-c", file, "--json", "udp", "8.8.8.8:3")
+	var got struct {
+		Also []struct{ Ports string } `json:"also_match"`
+	}
+	if err := json.Unmarshal([]byte(out), &got); err != nil || len(got.Also) != 1 || got.Also[0].Ports != "1-5" {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+func TestPolicyTestJudgesByTheAppsPolicy(t *testing.T) {
+	file := policyTestFile(t, `
+address: cloud.example.net
+policy: {profiles: [public]}
+apps:
+  - {id: clinic, policy: {rules: [{allow: udp, to: 8.8.8.8}]}}
+  - {id: office}
+`)
+	for app, want := range map[string]tunnel.Code{"": "", "clinic": tunnel.PolicyDenied, "office": "", "unknown": tunnel.ConfigInvalid} {
+		args := []string{"test", "-c", file, "tcp", "9.9.9.9:443"}
+		if app != "" {
+			args = []string{"test", "-c", file, "--app", app, "tcp", "9.9.9.9:443"}
+		}
+		if out, err := runPolicy(t, args...); tunnel.CodeOf(err) != want {
+			t.Errorf("%q: %v\n%s", app, err, out)
+		}
+	}
+}
+
+func TestPolicyDiffSaysWhatChanges(t *testing.T) {
+	a := policyTestFile(t, "rules: [{allow: udp, to: 8.8.8.8}]")
+	b := policyTestFile(t, "rules: [{allow: udp, to: 8.8.8.8}, {deny: any, to: 8.8.8.8, ports: 9}]")
+	if out, err := runPolicy(t, "diff", a, a); err != nil || !strings.Contains(out, "the same") {
+		t.Errorf("%v: %s", err, out)
+	}
+	out, err := runPolicy(t, "diff", a, b)
+	if err == nil || exitCode(err) != 1 || !strings.Contains(out, "+ deny any to 8.8.8.8 ports 9") || !strings.Contains(out, "udp 8.8.8.8:9: refused, was allowed: by the rule: deny") {
+		t.Errorf("%v: %s", err, out)
+	}
+	out, err = runPolicy(t, "diff", "--json", a, b)
+	var got struct {
+		Same         bool
+		Added        []struct{ Deny string }
+		Destinations []struct{ To, Before, After string }
+	}
+	if e := json.Unmarshal([]byte(out), &got); e != nil || err == nil || got.Same || len(got.Added) != 1 || len(got.Destinations) != 1 || got.Destinations[0].After != "refused" {
+		t.Errorf("%v, %v: %s", err, e, out)
+	}
+	if out, err := runPolicy(t, "diff", "agora-mainland-test", "agora-overseas-test"); exitCode(err) != 1 || !strings.Contains(out, "150.138.153.78") {
+		t.Errorf("%v: %s", err, out)
+	}
+	for _, args := range [][]string{{}, {a}, {a, "none"}, {a, b, a}} {
+		if _, err := runPolicy(t, append([]string{"diff"}, args...)...); exitCode(err) != 2 {
+			t.Errorf("%q: %v", args, err)
+		}
+	}
+}

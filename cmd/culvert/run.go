@@ -98,6 +98,7 @@ func runSidecar(c *cli.Context) error {
 		manager.ready()
 	})
 	parts.Go(func() { watchdog(ctx, s) })
+	defer assemble.OnHangup(ctx, s.Reload)()
 
 	select {
 	case sig := <-signals:

@@ -38,6 +38,19 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
+// Or returns l with its zero fields taken from m.
+func (l Limits) Or(m Limits) Limits {
+	for _, f := range []struct {
+		field *int
+		or    int
+	}{{&l.Associations, m.Associations}, {&l.Streams, m.Streams}, {&l.OpensPerSecond, m.OpensPerSecond}, {&l.StreamMemory, m.StreamMemory}} {
+		if *f.field == 0 {
+			*f.field = f.or
+		}
+	}
+	return l
+}
+
 // FarConfig is what a far end needs. Next is required.
 type FarConfig struct {
 	Next   tunnel.Opener // where the session's traffic goes
@@ -48,7 +61,9 @@ type FarConfig struct {
 	ID     string         // the session's
 	Memory *resume.Budget // of the streams of all sessions of the process; nil: Limits.StreamMemory alone bounds them
 	Hold   time.Duration  // how long the session lives without any connection; 0: DefaultHold
-	Ended  func(error)    // called once, on its own goroutine, when the session has ended; may be nil
+	// Renew takes another token for the session, or says why not; nil: none is taken.
+	Renew func(token string) error
+	Ended func(error) // called once, on its own goroutine, when the session has ended; may be nil
 }
 
 // errEnded is why a session ends that its sidecar needs no longer.
@@ -63,6 +78,7 @@ type Far struct {
 	drops media.Drops
 	plane *plane
 	opens *rate.Limiter
+	renew *rate.Limiter
 	pacer *bulk.Pacer
 	share *resume.Share
 
@@ -96,7 +112,7 @@ func NewFar(cfg FarConfig) *Far {
 	cfg.Limits = cfg.Limits.withDefaults()
 	f := &Far{
 		cfg: cfg, control: newControl(),
-		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond),
+		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2),
 		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	if cfg.Memory == nil {
@@ -313,6 +329,9 @@ func (f *Far) handle(m wire.Message) error {
 	switch {
 	case m.End != nil:
 		return errEnded
+	case m.Renew != nil:
+		f.control.send(wire.Message{Renewed: f.renewBy(m.Renew.Token)})
+		return nil
 	case m.Closed == nil:
 		return nil // of a newer minor version
 	}
@@ -326,6 +345,23 @@ func (f *Far) handle(m wire.Message) error {
 		p.next.Close()
 	}
 	return nil
+}
+
+// renewBy answers a renewal.
+func (f *Far) renewBy(token string) *wire.Renewed {
+	err := error(tunnel.Errorf(tunnel.Unsupported, "the cloud proxy takes no other token for a session"))
+	switch {
+	case f.cfg.Renew == nil:
+	case !f.renew.Allow():
+		err = tunnel.Errorf(tunnel.LimitExceeded, "the sidecar renews its token more than once a second")
+	default:
+		err = f.cfg.Renew(token)
+	}
+	if err == nil {
+		return &wire.Renewed{}
+	}
+	r := wire.RefusedBy(err).Refused
+	return &wire.Renewed{Code: r.Code, Text: r.Text}
 }
 
 // serveTarget connects a stream to its target. From then on it does not need

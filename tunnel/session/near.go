@@ -111,6 +111,7 @@ type Attached struct {
 	news    chan struct{} // capacity 1: something about a way is new
 	going   chan struct{} // closed when the cloud proxy says that it is going
 	goOnce  sync.Once
+	renewed chan error // capacity 1: what became of the last token
 
 	ctx  context.Context // ends with the session
 	stop context.CancelCauseFunc
@@ -142,7 +143,7 @@ func (n *Near) Attach(welcome wire.Welcome) *Attached {
 func (n *Near) Prepare(welcome wire.Welcome) *Attached {
 	a := &Attached{
 		near: n, control: newControl(), plane: newPlane(n.age, &n.drops, n.pacer), welcome: welcome,
-		going: make(chan struct{}), news: make(chan struct{}, 1), changed: make(chan struct{}), lines: map[*nearLine]struct{}{},
+		going: make(chan struct{}), renewed: make(chan error, 1), news: make(chan struct{}, 1), changed: make(chan struct{}), lines: map[*nearLine]struct{}{},
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.Background())
 	a.plane.live, a.plane.proved, a.plane.course = n.live.Load, a.tellNews, n.course
@@ -430,6 +431,15 @@ func (a *Attached) End(why error) {
 	a.stop(why)
 }
 
+// Renew brings another token for the session to the cloud proxy. Renewed tells
+// what comes of it.
+func (a *Attached) Renew(token string) {
+	a.control.send(wire.Message{Renew: &wire.Renew{Token: token}})
+}
+
+// Renewed receives what became of a token; nil: the session has it.
+func (a *Attached) Renewed() <-chan error { return a.renewed }
+
 // Leave tells the cloud proxy that the session is needed no longer. Run returns
 // when it has agreed.
 func (a *Attached) Leave() { a.control.send(wire.Message{End: &wire.End{}}) }
@@ -442,6 +452,11 @@ func (a *Attached) handle(m wire.Message) error {
 		return m.End.Err()
 	case m.GoAway != nil:
 		a.goOnce.Do(func() { close(a.going) })
+	case m.Renewed != nil:
+		select {
+		case a.renewed <- m.Renewed.Err():
+		default: // nobody wants to know
+		}
 	}
 	return nil // other messages come from a newer minor version
 }

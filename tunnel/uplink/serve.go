@@ -35,6 +35,7 @@ type granted struct {
 	welcome wire.Welcome
 	address string // of the cloud proxy that was asked
 	why     string // why this kind of connection
+	token   string // the session's
 }
 
 // A run is one session, from its Welcome to its end: it keeps the paths that
@@ -91,6 +92,7 @@ type run struct {
 	asked    time.Time
 	askedOf  netip.AddrPort // where to
 	moved    *tunnel.Change // of the address, to be told; nil: there is none
+	token    string         // what the cloud proxy was told last
 }
 
 func (r *run) tell() {
@@ -136,7 +138,7 @@ func (r *run) other(p *path) *path {
 // traffic goes into it only when it has a way for datagrams. nil: there is none.
 func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change, mode tunnel.Mode, took time.Duration, report func(tunnel.LinkState)) (next *granted, lost time.Time, err error) {
 	r := &run{
-		u: u, at: u.Prepare(g.welcome), adopt: takesOver, welcome: g.welcome, address: g.welcome.Address, mode: mode,
+		u: u, at: u.Prepare(g.welcome), adopt: takesOver, welcome: g.welcome, address: g.welcome.Address, mode: mode, token: g.token,
 		news: make(chan struct{}, 1), over: make(chan error, 1),
 	}
 	if r.named = g.address; r.address == "" {
@@ -362,6 +364,10 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 		case <-r.u.Wanted():
 		case <-r.u.cfg.Changed:
 			r.tryAll(time.Now())
+		case <-r.u.cfg.Renewed:
+			r.renew()
+		case err := <-r.at.Renewed():
+			r.renewed(err)
 		case <-timer.C:
 			clock = true
 		}
@@ -395,6 +401,27 @@ func (r *run) loop(ctx context.Context) (*granted, error) {
 		due = now.Add(next)
 		timer.Reset(min(next, clockEvery))
 	}
+}
+
+// renew brings another token to the cloud proxy where there is one.
+func (r *run) renew() {
+	hello, err := r.u.cfg.Open()
+	switch {
+	case err != nil:
+		r.u.log.Warn("the token can not be read; the session goes on with the one before", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+	case hello.Token != r.token:
+		r.token = hello.Token
+		r.at.Renew(hello.Token)
+	}
+}
+
+// renewed says what came of it.
+func (r *run) renewed(err error) {
+	if err != nil {
+		r.u.log.Warn("the new token was refused; the session goes on with the one before, as long as that is good", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+		return
+	}
+	r.u.log.Info("the session has another token", "session", r.welcome.Session)
 }
 
 // alone returns why no path serves the session; nil: one does, or none has

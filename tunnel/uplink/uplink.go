@@ -28,6 +28,9 @@ type Config struct {
 	// that what was found about UDP is remembered for each. "": there is none at
 	// the moment. nil: all are one.
 	Network func(to netip.AddrPort) string
+	// Renewed receives when Open may have another token to say: it then becomes
+	// the session's. nil: only new sessions have it.
+	Renewed <-chan struct{}
 	// Changed receives when this host's addresses or routes may have changed, as
 	// often as it likes. nil: nobody tells.
 	Changed <-chan struct{}
@@ -296,7 +299,7 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		return nil, err
 	}
 	u.hear(address, m.Welcome.Proxies)
-	return &granted{cand, *m.Welcome, address, why}, nil
+	return &granted{cand, *m.Welcome, address, why, hello.Token}, nil
 }
 
 // follow opens a session where a cloud proxy has sent us.

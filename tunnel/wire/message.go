@@ -55,9 +55,11 @@ type Message struct {
 	Resumed *Resumed `json:"resumed,omitempty"`
 
 	// On the control stream.
-	Closed *Closed `json:"closed,omitempty"`
-	GoAway *GoAway `json:"go_away,omitempty"`
-	End    *End    `json:"end,omitempty"`
+	Closed  *Closed  `json:"closed,omitempty"`
+	GoAway  *GoAway  `json:"go_away,omitempty"`
+	Renew   *Renew   `json:"renew,omitempty"`
+	Renewed *Renewed `json:"renewed,omitempty"`
+	End     *End     `json:"end,omitempty"`
 }
 
 // Open asks for a session, bound to the key of the TLS client certificate.
@@ -173,6 +175,18 @@ type GoAway struct {
 	Within Seconds `json:"within_seconds"`
 }
 
+// Renew brings another token for the session.
+type Renew struct {
+	Token string `json:"token"` // a secret
+}
+
+// Renewed answers Renew. Without a code the token is the session's from now on;
+// with one the session goes on with that which it had.
+type Renewed struct {
+	Code tunnel.Code `json:"code,omitempty"`
+	Text string      `json:"text,omitempty"`
+}
+
 // End ends the session. From the cloud proxy it says why.
 type End struct {
 	Code tunnel.Code `json:"code,omitempty"`
@@ -192,6 +206,14 @@ func (c *Closed) Err() error {
 		return nil
 	}
 	return peerError(c.Code, c.Text)
+}
+
+// Err says why the token was refused; nil: it was not.
+func (r *Renewed) Err() error {
+	if r.Code == "" {
+		return nil
+	}
+	return peerError(r.Code, r.Text)
 }
 
 // Err says why the session has ended; nil where no reason was given.
@@ -314,7 +336,7 @@ func malformed(format string, args ...any) error {
 func (m *Message) count() int {
 	n := 0
 	for _, set := range []bool{m.Open != nil, m.Join != nil, m.Welcome != nil, m.Redirect != nil, m.Refused != nil,
-		m.Control != nil, m.Stream != nil, m.Opened != nil, m.Resume != nil, m.Resumed != nil, m.Closed != nil, m.GoAway != nil, m.End != nil} {
+		m.Control != nil, m.Stream != nil, m.Opened != nil, m.Resume != nil, m.Resumed != nil, m.Closed != nil, m.GoAway != nil, m.Renew != nil, m.Renewed != nil, m.End != nil} {
 		if set {
 			n++
 		}

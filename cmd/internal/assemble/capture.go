@@ -75,7 +75,7 @@ func (s *Sidecar) newCapture(c *config.Sidecar) error {
 	if !c.Capture.Selects() {
 		return nil
 	}
-	r, unmet, err := CaptureRules(c.Capture, s.Policy)
+	r, unmet, err := CaptureRules(c.Capture, s.policy.Load())
 	if err != nil {
 		return err
 	}
@@ -131,7 +131,7 @@ func LocalUsers(names []string) (all []rules.User, err error) {
 
 // destinations are what the policy's rules allow.
 func destinations(p *policy.Policy) (all []rules.Destination, names []string, err error) {
-	if p == nil {
+	if p == nil || p == policy.Elsewhere() {
 		return nil, nil, tunnel.Errorf(tunnel.ConfigInvalid, "capture.profiles: the configuration has no policy; name profiles or rules in it, or leave profiles out")
 	}
 	for _, o := range p.Firewall().Replaces {

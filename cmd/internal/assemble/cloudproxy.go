@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"culvert/cloudproxy"
@@ -35,14 +36,13 @@ type CloudProxyParts struct {
 	Certificate tls.Certificate
 	ResetKey    []byte // a secret; nil: none
 	ALPN        []string
-	Keys        identity.Keys
-	Policy      *policy.Policy
-	Egress      egress.Config
-	Limits      session.Limits
-	Memory      int // bytes that the streams of all sessions keep; 0: the default
-	MaxWait     time.Duration
-	Drain       time.Duration
-	Log         *slog.Logger
+	Rules
+	Egress  egress.Config
+	Limits  session.Limits
+	Memory  int // bytes that the streams of all sessions keep; 0: the default
+	MaxWait time.Duration
+	Drain   time.Duration
+	Log     *slog.Logger
 }
 
 // CloudProxy is a cloud proxy that holds its ports and can be run.
@@ -53,6 +53,13 @@ type CloudProxy struct {
 	resolve *egress.Resolve
 	server  *cloudproxy.Server
 	log     *slog.Logger
+
+	admission *identity.Admission
+	guard     *policy.Guard
+	rules     atomic.Pointer[Rules]
+	ask       chan struct{}      // capacity 1: the configuration is to be read again
+	conf      *config.CloudProxy // with flags over it; nil: there is no file
+	seen      map[string]os.FileInfo
 }
 
 const (
@@ -68,11 +75,8 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := identity.LoadKeys(c.Tokens.PublicKeys...)
-	if err != nil {
-		return nil, err
-	}
-	pol, err := policy.New(c.Policy)
+	seen := stamps(cloudFiles(c))
+	rules, err := RulesFrom(c)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +85,7 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 		return nil, err
 	}
 	p := CloudProxyParts{
-		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, Keys: keys, Policy: pol,
+		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, Rules: rules,
 		Egress:  out,
 		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond, StreamMemory: c.Limits.StreamMemory << 20},
 		Memory:  c.Limits.TotalStreamMemory << 20,
@@ -98,7 +102,11 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "reset_key_file: %s holds %d bytes, 32 are needed; 'culvert-cloudproxy init' makes one", c.ResetKey, len(p.ResetKey))
 		}
 	}
-	return NewCloudProxy(p)
+	made, err := NewCloudProxy(p)
+	if err == nil && c.File() != "" {
+		made.conf, made.seen = c, seen
+	}
+	return made, err
 }
 
 func egressConfig(c *config.Egress) (egress.Config, error) {
@@ -148,7 +156,8 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	if err != nil {
 		return nil, errors.Join(err, tcp.Close(), ql.Close())
 	}
-	c := &CloudProxy{Addr: tcp.Addr().(*net.TCPAddr).AddrPort(), quic: ql, log: p.Log}
+	c := &CloudProxy{Addr: tcp.Addr().(*net.TCPAddr).AddrPort(), quic: ql, log: p.Log, ask: make(chan struct{}, 1)}
+	c.rules.Store(&p.Rules)
 	if p.Address == "" {
 		p.Address = c.Addr.String()
 	}
@@ -156,17 +165,20 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	if c.egress, err = egress.New(p.Egress); err != nil {
 		return nil, errors.Join(err, tl.Close(), ql.Close())
 	}
-	admission, err := identity.NewAdmission(identity.Config{Keys: p.Keys})
-	if err != nil {
+	if c.admission, err = identity.NewAdmission(p.Rules.admission()); err != nil {
 		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
 	}
-	guard := policy.NewGuard(c.egress, func() *policy.Policy { return p.Policy })
-	c.resolve = egress.NewResolve(guard, egress.ResolveConfig{})
+	c.guard = policy.NewGuard(c.egress, func(by tunnel.Peer) *policy.Policy { return c.rules.Load().of(by) })
+	c.resolve = egress.NewResolve(c.guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{
 		Listeners: []tunnel.Listener{ql, tl},
-		Authorize: func(ctx context.Context, o tunnel.Open) (tunnel.Opener, func(), error) {
-			_, release, err := admission.Admit(ctx, o)
-			return c.resolve, release, err
+		Authorize: func(ctx context.Context, o tunnel.Open) (cloudproxy.Grant, error) {
+			p, err := c.admission.Admit(ctx, o)
+			if err != nil {
+				return cloudproxy.Grant{}, err
+			}
+			renew := func(token string) error { _, err := p.Renew(token); return err }
+			return cloudproxy.Grant{Next: c.resolve, Limits: c.rules.Load().Apps[o.App].Limits, Release: p.Release, Renew: renew, Check: p.Check}, nil
 		},
 		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
@@ -182,6 +194,9 @@ func (c *CloudProxy) Run(ctx context.Context) error {
 	ended, end := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { logFigures(ended, c.figures, c.log) })
+	if c.conf != nil {
+		wg.Go(func() { c.follow(ended, c.conf) })
+	}
 	defer wg.Wait()
 	defer end()
 	err := c.server.Run(ctx)

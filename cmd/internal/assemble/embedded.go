@@ -46,7 +46,7 @@ func Embedded(c *config.Sidecar, log *slog.Logger) (*CloudProxy, error) {
 		return nil, err
 	}
 	cloud, err := NewCloudProxy(CloudProxyParts{
-		Listen: "127.0.0.1:0", Certificate: cert, Keys: keys, Policy: pol, Log: log,
+		Listen: "127.0.0.1:0", Certificate: cert, Rules: Rules{Keys: keys, Policy: pol}, Log: log,
 		Drain: time.Millisecond, // the sidecar in the same process has waited already
 	})
 	if err != nil {

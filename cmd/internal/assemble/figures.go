@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"culvert/tunnel"
 )
 
 // figuresEvery is how often a cloud proxy logs what it has done.
@@ -25,6 +27,9 @@ func (c *CloudProxy) figures() figures {
 	st := c.egress.Stats()
 	if n := c.resolve.Dropped(); n > 0 {
 		st.Dropped[droppedName] = n
+	}
+	if n := c.guard.Dropped(); n > 0 {
+		st.Dropped[string(tunnel.PolicyDenied)] = n
 	}
 	return figures{c.server.Sessions(), st.Associations, st.Streams, st.Sent, st.Received, st.Dropped}
 }

@@ -58,6 +58,7 @@ type site struct {
 	signer ed25519.PrivateKey
 	reset  []byte
 	limits session.Limits
+	places int // that tokens name; 0: 1
 	log    *cmdtest.Text
 }
 
@@ -94,8 +95,8 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 	again := s.listen != here
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		c, err = assemble.NewCloudProxy(assemble.CloudProxyParts{
-			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset, Policy: pol,
-			Keys:   identity.NewKeys(s.signer.Public().(ed25519.PublicKey)),
+			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset,
+			Rules:  assemble.Rules{Keys: identity.NewKeys(s.signer.Public().(ed25519.PublicKey)), Policy: pol},
 			Egress: egress.Config{Local4: netip.MustParseAddr(outside)},
 			Limits: s.limits,
 			Drain:  time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
@@ -145,7 +146,7 @@ func (s *site) stopped(t *testing.T, mode tunnel.Mode) *assemble.Sidecar {
 		t.Fatal(err)
 	}
 	now := time.Now()
-	token, err := identity.Issue(s.signer, identity.Claims{App: "test", Concurrency: 1, Issued: now, Expires: now.Add(time.Hour)})
+	token, err := identity.Issue(s.signer, identity.Claims{App: "test", Concurrency: max(s.places, 1), Issued: now, Expires: now.Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -41,7 +42,12 @@ type Sidecar struct {
 	Watcher  *channel.Watcher
 	Capture  *capture.Capture // nil: nothing is captured
 	Link     tunnel.Link
-	Policy   *policy.Policy // nil: the cloud proxy alone decides
+	policy   atomic.Pointer[policy.Policy]
+	guards   []*policy.Guard
+	ask      chan struct{}          // capacity 1: the configuration is to be read again
+	renewed  chan struct{}          // capacity 1: the token may be another
+	conf     *config.Sidecar        // with flags over it
+	seen     map[string]os.FileInfo // of the files that are followed
 	changes  *changes
 	log      *slog.Logger
 	setLive  func(bool) // tells the link whether a channel is live
@@ -55,25 +61,24 @@ type Sidecar struct {
 //	front ────┬► watch ──► switch ──► guard ──► uplink (session, carriers)
 //	capture ──┘               └─ stopped, when_stopped: direct ──► resolve ──► guard ──► egress
 func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
-	s = &Sidecar{changes: newChanges(), log: log}
+	s = &Sidecar{changes: newChanges(), conf: c, seen: stamps([]string{c.File(), c.Identity.TokenFile}), ask: make(chan struct{}, 1), renewed: make(chan struct{}, 1), log: log}
 	made := s // a return with an error has set s to nil
 	defer func() {
 		if err != nil {
 			made.Close()
 		}
 	}()
-	link, err := newUplink(c, s.changes.told, log)
+	link, err := newUplink(c, s.changes.told, s.renewed, log)
 	if err != nil {
 		return nil, err
 	}
 	s.Link, s.setLive = link, link.SetLive
-	var through tunnel.Opener = link
-	if len(c.Policy.Profiles)+len(c.Policy.Rules) > 0 {
-		if s.Policy, err = policy.New(c.Policy); err != nil {
-			return nil, err
-		}
-		through = policy.NewGuard(link, func() *policy.Policy { return s.Policy })
+	own, err := ownPolicy(c.Policy)
+	if err != nil {
+		return nil, err
 	}
+	s.policy.Store(own)
+	through := s.guard(link)
 	var direct tunnel.Opener
 	if c.WhenStopped == "direct" {
 		own := protect(c.Capture)
@@ -82,16 +87,12 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 		}
 		// What the tunnel would refuse is refused here as well. Without a
 		// policy of its own the app may go wherever it could without Culvert.
-		direct = s.egress
-		if s.Policy != nil {
-			direct = policy.NewGuard(direct, func() *policy.Policy { return s.Policy })
-		}
-		direct = egress.NewResolve(direct, egress.ResolveConfig{Resolver: own.resolver})
+		direct = egress.NewResolve(s.guard(s.egress), egress.ResolveConfig{Resolver: own.resolver})
 	}
 	// The watcher tells the switch, which does not exist yet.
 	s.Watcher = channel.New(channel.Config{
 		MediaRule: func(t channel.Target) bool {
-			return s.Policy != nil && s.Policy.Decide(policy.UDP, tunnel.Target(t)).Tag == policy.TagMedia
+			return s.policy.Load().Decide(policy.UDP, tunnel.Target(t)).Tag == policy.TagMedia
 		},
 		Changed: func(e channel.Event) { s.Switch.ChannelEvent(e) },
 		Alive:   alive,
@@ -142,7 +143,14 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 	return s, nil
 }
 
-func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*uplink.Uplink, error) {
+// guard makes one that follows the sidecar's policy.
+func (s *Sidecar) guard(next tunnel.Opener) *policy.Guard {
+	g := policy.NewGuard(next, func(tunnel.Peer) *policy.Policy { return s.policy.Load() })
+	s.guards = append(s.guards, g)
+	return g
+}
+
+func newUplink(c *config.Sidecar, changed, renewed <-chan struct{}, log *slog.Logger) (*uplink.Uplink, error) {
 	key, err := sidecarKey(c.Identity.KeyFile)
 	if err != nil {
 		return nil, err
@@ -169,7 +177,7 @@ func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*u
 		return nil, err
 	}
 	return uplink.New(uplink.Config{
-		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed,
+		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed, Renewed: renewed,
 		Open: func() (wire.Open, error) {
 			token, err := c.Identity.TokenNow()
 			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err
@@ -239,6 +247,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	}
 	wg.Go(func() { sidecar.TickWatch(ctx, s.Watcher) })
 	wg.Go(func() { s.tellLive(ctx) })
+	wg.Go(func() { s.follow(ctx, s.conf) })
 	wg.Go(func() { s.changes.run(ctx, s.log) })
 	wg.Wait()
 	s.Close()

@@ -19,12 +19,15 @@ type CloudProxy struct {
 	ResetKey    string        `yaml:"reset_key_file,omitempty"` // lets sidecars notice a restart at once
 	ALPN        List          `yaml:"alpn,omitempty"`
 	Tokens      Tokens        `yaml:"tokens"`
+	Apps        []App         `yaml:"apps,omitempty"` // the App IDs served; empty: any that a token names
 	Policy      policy.Config `yaml:"policy"`
 	Egress      Egress        `yaml:"egress,omitempty"`
 	Limits      Limits        `yaml:"limits,omitempty"`
 	Media       Media         `yaml:"media,omitempty"`
 	Drain       Duration      `yaml:"drain,omitempty"` // how long live calls may take to finish at a stop
 	Log         Log           `yaml:"log,omitempty"`
+
+	file string // where it was read
 }
 
 // Proxy is one of several cloud proxies that serve the same sidecars.
@@ -41,7 +44,23 @@ type Certificate struct {
 
 // Tokens says whose tokens are accepted.
 type Tokens struct {
-	PublicKeys List `yaml:"public_keys"` // files
+	PublicKeys List   `yaml:"public_keys"`            // files
+	Revoked    string `yaml:"revoked_file,omitempty"` // of the tokens that are not
+}
+
+// App is what one App ID may do, whatever its tokens say.
+type App struct {
+	ID       string         `yaml:"id"`
+	Sessions int            `yaml:"sessions,omitempty"` // at once; 0: as the token says
+	Policy   *policy.Config `yaml:"policy,omitempty"`   // in place of the general one
+	Limits   AppLimits      `yaml:"limits,omitempty"`   // of each session, in place of the general ones
+}
+
+// AppLimits bound each session of an App ID; what is 0 is as for all.
+type AppLimits struct {
+	Associations   int `yaml:"associations,omitempty"`
+	Streams        int `yaml:"streams,omitempty"`
+	OpensPerSecond int `yaml:"opens_per_second,omitempty"`
 }
 
 // Egress is where traffic leaves from.
@@ -97,11 +116,11 @@ type Limits struct {
 
 // ReadCloudProxy reads and checks cloudproxy.yaml.
 func ReadCloudProxy(file string) (*CloudProxy, error) {
-	c := &CloudProxy{}
+	c := &CloudProxy{file: file}
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey} {
+	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey, &c.Tokens.Revoked} {
 		*name = beside(file, *name)
 	}
 	for i := range c.Tokens.PublicKeys {
@@ -111,6 +130,32 @@ func ReadCloudProxy(file string) (*CloudProxy, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// File is where the configuration was read; "": nowhere.
+func (c *CloudProxy) File() string { return c.file }
+
+// checkApps says what can not be in the App IDs.
+func (c *CloudProxy) checkApps() error {
+	seen := map[string]bool{}
+	for _, a := range c.Apps {
+		switch {
+		case a.ID == "":
+			return missing("apps.id", "the App ID that its tokens name")
+		case seen[a.ID]:
+			return tunnel.Errorf(tunnel.ConfigInvalid, "apps: the App ID %.80q stands twice", a.ID)
+		case a.Sessions < 0 || a.Limits.Associations < 0 || a.Limits.Streams < 0 || a.Limits.OpensPerSecond < 0:
+			return tunnel.Errorf(tunnel.ConfigInvalid, "apps: a bound of %.80q is negative; leave it out for the general one", a.ID)
+		}
+		seen[a.ID] = true
+		if a.Policy == nil {
+			continue
+		}
+		if _, err := policy.New(*a.Policy); err != nil {
+			return tunnel.Errorf(tunnel.PolicyInvalid, "apps: the policy of %.80q: %s", a.ID, tunnel.Sentence(err))
+		}
+	}
+	return nil
 }
 
 // Check fills in defaults and says what is missing or can not be.
@@ -148,6 +193,9 @@ func (c *CloudProxy) Check() error {
 		return missing("policy", "what may be reached, and without it nothing may; 'profiles: [public]' allows every public address")
 	}
 	if _, err := policy.New(c.Policy); err != nil {
+		return err
+	}
+	if err := c.checkApps(); err != nil {
 		return err
 	}
 	if _, _, err := c.Egress.Addrs(); err != nil {

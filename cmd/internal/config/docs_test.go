@@ -33,6 +33,9 @@ func sections(t *testing.T) (sidecar, cloud, all string) {
 func keys(t reflect.Type, prefix string) []string {
 	var all []string
 	for f := range t.Fields() {
+		if !f.IsExported() {
+			continue
+		}
 		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
 		name = prefix + name
 		of := f.Type

@@ -23,6 +23,8 @@ type Sidecar struct {
 	Media       Media         `yaml:"media,omitempty"`
 	Policy      policy.Config `yaml:"policy,omitempty"`
 	Log         Log           `yaml:"log,omitempty"`
+
+	file string // where it was read
 }
 
 // CloudProxyRef says where the cloud proxy is and how it is known.
@@ -74,7 +76,7 @@ const DefaultListen = "127.0.0.1:1080"
 
 // ReadSidecar reads and checks culvert.yaml.
 func ReadSidecar(file string) (*Sidecar, error) {
-	c := &Sidecar{}
+	c := &Sidecar{file: file}
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
@@ -86,6 +88,9 @@ func ReadSidecar(file string) (*Sidecar, error) {
 	}
 	return c, nil
 }
+
+// File is where the configuration was read; "": nowhere.
+func (c *Sidecar) File() string { return c.file }
 
 // Check fills in defaults and says what is missing or can not be.
 func (c *Sidecar) Check() error {

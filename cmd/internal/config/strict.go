@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -138,7 +139,17 @@ func known(n *yaml.Node, t reflect.Type, where string) error {
 	if t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
-	if reflect.PointerTo(t).Implements(unmarshaler) || t.Kind() != reflect.Struct || n.Tag == "!!null" {
+	if reflect.PointerTo(t).Implements(unmarshaler) || n.Tag == "!!null" {
+		return nil
+	}
+	if t.Kind() == reflect.Slice && n.Kind == yaml.SequenceNode {
+		for _, item := range n.Content {
+			if err := known(item, t.Elem(), where); err != nil {
+				return err
+			}
+		}
+	}
+	if t.Kind() != reflect.Struct {
 		return nil
 	}
 	if n.Kind != yaml.MappingNode {
@@ -147,6 +158,9 @@ func known(n *yaml.Node, t reflect.Type, where string) error {
 	fields := map[string]reflect.Type{}
 	var names []string
 	for f := range t.Fields() {
+		if !f.IsExported() {
+			continue
+		}
 		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
 		fields[name] = f.Type
 		names = append(names, name)
@@ -218,4 +232,18 @@ func secret(file string) (string, error) {
 		return "", tunnel.Errorf(tunnel.ConfigInvalid, "%s can not be read: %w", file, errors.Unwrap(err))
 	}
 	return strings.TrimSpace(string(b)), nil
+}
+
+// Changed names the keys at the top of a configuration in which two differ,
+// without those of except. Both are pointers to the same struct.
+func Changed(a, b any, except ...string) []string {
+	var all []string
+	x, y := reflect.ValueOf(a).Elem(), reflect.ValueOf(b).Elem()
+	for f := range x.Type().Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		if f.IsExported() && !slices.Contains(except, name) && !reflect.DeepEqual(x.FieldByIndex(f.Index).Interface(), y.FieldByIndex(f.Index).Interface()) {
+			all = append(all, name)
+		}
+	}
+	return all
 }
