@@ -48,6 +48,7 @@ var own = map[string][]string{
 	"tunnel/tunnelquic":     {"tunnel", "tunnel/netio", "tunnel/age"},
 	"tunnel/tunneltls":      {"tunnel", "tunnel/age"},
 	"tunnel/tunneltest":     {"tunnel"},
+	"tunnel/httpproxy":      {"tunnel"},
 	"policy":                {"tunnel"},
 	"sidecar":               {"tunnel", "tunnel/netio", "sidecar/channel"},
 	"sidecar/channel":       {},
@@ -58,7 +59,7 @@ var own = map[string][]string{
 	"cloudproxy/identity":   {"tunnel"},
 	"cloudproxy/egress":     {"tunnel", "tunnel/netio"},
 	"cmd/...": {
-		"tunnel", "tunnel/wire", "tunnel/media", "tunnel/session", "tunnel/uplink", "tunnel/tunnelquic", "tunnel/tunneltls",
+		"tunnel", "tunnel/wire", "tunnel/media", "tunnel/session", "tunnel/uplink", "tunnel/tunnelquic", "tunnel/tunneltls", "tunnel/httpproxy",
 		"policy", "sidecar/...", "cloudproxy/...", "cmd/internal/...",
 	},
 	"scripts/...": {},
@@ -83,6 +84,8 @@ var libraries = []struct {
 }{
 	{path: "github.com/quic-go/quic-go", by: []string{"tunnel/tunnelquic"}},
 	{path: "github.com/hashicorp/yamux", by: []string{"tunnel/tunneltls"}},
+	{path: "github.com/Azure/go-ntlmssp", by: []string{"tunnel/httpproxy"}},
+	{path: "github.com/icholy/digest", by: []string{"tunnel/httpproxy"}},
 	{path: "github.com/armon/go-socks5", by: []string{"sidecar"}},
 	{path: "github.com/pion", by: []string{"cmd/culvert-demo", "cmd/internal/webcall"}, testsToo: true},
 	{path: "github.com/urfave/cli", by: []string{"cmd/..."}},

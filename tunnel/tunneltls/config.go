@@ -20,7 +20,8 @@ type Config struct {
 	TLS *tls.Config
 	// Log takes what happens below; nil discards it.
 	Log *slog.Logger
-	// Dial makes the TCP connection of a Dialer; nil: a net.Dialer.
+	// Dial makes the connection below a Dialer's TLS; nil: a net.Dialer's. It may
+	// be a Layered one.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// HandshakeTimeout bounds the way to a Candidate: TCP and TLS when
@@ -59,6 +60,14 @@ type Config struct {
 	MaxAge time.Duration
 
 	unread *atomic.Int64 // what has come on all carriers and was not read
+}
+
+// A Layered connection is not TCP itself but runs on it, in the TLS of a proxy,
+// say. What the kernel tells of TCP is of use here only beside how much it was given.
+type Layered interface {
+	net.Conn
+	TCP() net.Conn // the TCP connection below
+	Sent() uint64  // how many bytes TCP was given since it was made
 }
 
 // closeTimeout bounds the farewell on a stalled connection.

@@ -34,20 +34,20 @@ func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, er
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.cfg.HandshakeTimeout)
 	defer cancel()
-	raw, err := d.cfg.Dial(ctx, "tcp", address)
+	below, err := d.cfg.Dial(ctx, "tcp", address)
 	if err != nil {
 		return nil, dialError(address, err)
 	}
+	raw, g := newGather(below, d.cfg.WriteTimeout)
 	tune(raw)
 	conf := d.cfg.TLS
 	if conf.ServerName == "" {
 		conf = conf.Clone()
 		conf.ServerName = host
 	}
-	g := &gather{Conn: raw, timeout: d.cfg.WriteTimeout}
 	conn := tls.Client(g, conf)
 	if err := conn.HandshakeContext(ctx); err != nil {
-		raw.Close()
+		below.Close()
 		return nil, dialError(address, err)
 	}
 	return &candidate{link: &link{Conn: conn, raw: raw, client: true, gather: g}, cfg: &d.cfg}, nil

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -211,9 +212,12 @@ func connecting(err error) tunnel.LinkState {
 	code := tunnel.CodeOf(err)
 	return tunnel.LinkState{
 		Phase: tunnel.LinkConnecting, Code: code, Why: tunnel.Sentence(err),
-		Refused: saidNo(err) || code == tunnel.CertificateUntrusted,
+		Refused: saidNo(err) || slices.Contains(forPeople, code),
 	}
 }
+
+// forPeople are failures on the way that only a person can mend.
+var forPeople = []tunnel.Code{tunnel.CertificateUntrusted, tunnel.TLSIntercepted, tunnel.ProxyAuthRequired}
 
 // A refusal is what a cloud proxy said, in a connection that its certificate
 // has vouched for. The same code from elsewhere proves nothing.
@@ -296,6 +300,9 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		return nil, err
 	}
 	u.hear(address, m.Welcome.Proxies)
+	if c, ok := cand.(interface{ Via() string }); ok && c.Via() != "" {
+		why += "; through " + c.Via()
+	}
 	return &granted{cand, *m.Welcome, address, why}, nil
 }
 

@@ -150,7 +150,7 @@ func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*u
 	if _, err := c.Identity.TokenNow(); err != nil {
 		return nil, err
 	}
-	roots, err := rootsFrom(c.CloudProxy.CAFile)
+	roots, err := rootsFrom("cloud_proxy.ca_file", c.CloudProxy.CAFile)
 	if err != nil {
 		return nil, err
 	}
@@ -164,7 +164,11 @@ func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*u
 	if err != nil {
 		return nil, err
 	}
-	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Dial: own.dialer().DialContext, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
+	through, err := throughProxy(&c.Proxy, own.dialer())
+	if err != nil {
+		return nil, err
+	}
+	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Log: log, Dial: through.Dial, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
 	if err != nil {
 		return nil, err
 	}
@@ -193,20 +197,20 @@ func network(to netip.AddrPort) string {
 func maxAge(wait time.Duration) time.Duration { return cmp.Or(wait, media.MaxAge) * 2 / 3 }
 
 // rootsFrom adds a file's certificates to the system's. nil: the system's alone.
-func rootsFrom(file string) (*x509.CertPool, error) {
+func rootsFrom(key, file string) (*x509.CertPool, error) {
 	if file == "" {
 		return nil, nil
 	}
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "cloud_proxy.ca_file: %s can not be read: %w", file, errors.Unwrap(err))
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s: %s can not be read: %w", key, file, errors.Unwrap(err))
 	}
 	pool, err := x509.SystemCertPool()
 	if err != nil {
 		pool = x509.NewCertPool()
 	}
 	if !pool.AppendCertsFromPEM(text) {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "cloud_proxy.ca_file: %s holds no certificate in PEM", file)
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s: %s holds no certificate in PEM", key, file)
 	}
 	return pool, nil
 }

@@ -7,12 +7,14 @@ import (
 
 	"culvert/policy"
 	"culvert/tunnel"
+	"culvert/tunnel/httpproxy"
 )
 
 // Sidecar is culvert.yaml.
 type Sidecar struct {
 	CloudProxy  CloudProxyRef `yaml:"cloud_proxy"`
 	Identity    Identity      `yaml:"identity"`
+	Proxy       HTTPProxy     `yaml:"proxy,omitempty"`
 	Front       Front         `yaml:"front,omitempty"`
 	Control     Control       `yaml:"control,omitempty"`
 	Mode        string        `yaml:"mode,omitempty"`         // auto, udp or tcp
@@ -43,6 +45,19 @@ type Identity struct {
 	Region    string `yaml:"region,omitempty"`
 	Operator  string `yaml:"operator,omitempty"`
 }
+
+// HTTPProxy is the HTTP proxy on the way to the cloud proxy. With neither URL nor
+// PAC the environment says which: HTTPS_PROXY, NO_PROXY.
+type HTTPProxy struct {
+	URL          string `yaml:"url,omitempty"` // http://HOST:PORT, https://HOST:PORT or none
+	User         string `yaml:"user,omitempty"`
+	PasswordFile string `yaml:"password_file,omitempty"`
+	NoProxy      List   `yaml:"no_proxy,omitempty"` // as in NO_PROXY
+	CAFile       string `yaml:"ca_file,omitempty"`  // for https://
+}
+
+// NoProxy as the URL goes directly, whatever the environment says.
+const NoProxy = "none"
 
 // Front is the proxy for apps.
 type Front struct {
@@ -78,7 +93,7 @@ func ReadSidecar(file string) (*Sidecar, error) {
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
+	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
 		*name = beside(file, *name)
 	}
 	if err := checked(file, c.Check); err != nil {
@@ -138,6 +153,9 @@ func (c *Sidecar) Check() error {
 	if (c.Front.User == "") != (c.Front.PasswordFile == "") {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "front: it needs both user and password_file, or neither")
 	}
+	if err := c.Proxy.check(); err != nil {
+		return err
+	}
 	if _, err := tunnel.ParseMode(c.Mode); err != nil {
 		return field("mode", err)
 	}
@@ -151,6 +169,18 @@ func (c *Sidecar) Check() error {
 		return err
 	}
 	return c.Log.check()
+}
+
+func (p *HTTPProxy) check() error {
+	if p.URL != "" && p.URL != NoProxy {
+		if _, err := httpproxy.ParseURL(p.URL); err != nil {
+			return field("proxy.url", err)
+		}
+	}
+	if (p.User == "") != (p.PasswordFile == "") {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: it needs both user and password_file, or neither")
+	}
+	return nil
 }
 
 // maxWait is more than any call can use, and less than what a lane's 16-bit
@@ -180,16 +210,26 @@ func (i *Identity) TokenNow() (string, error) {
 }
 
 // Password returns the front's password; empty without authentication.
-func (f *Front) Password() (string, error) {
-	if f.PasswordFile == "" {
+func (f *Front) Password() (string, error) { return password("front.password_file", f.PasswordFile) }
+
+// Credentials returns who we are to the proxy, with the password as the file has
+// it now. Empty: nobody.
+func (p *HTTPProxy) Credentials() (user, pass string, err error) {
+	pass, err = password("proxy.password_file", p.PasswordFile)
+	return p.User, pass, err
+}
+
+// password reads the file that a key names; empty without one.
+func password(key, file string) (string, error) {
+	if file == "" {
 		return "", nil
 	}
-	p, err := secret(f.PasswordFile)
+	p, err := secret(file)
 	if err != nil {
-		return "", field("front.password_file", err)
+		return "", field(key, err)
 	}
-	if err == nil && p == "" {
-		err = tunnel.Errorf(tunnel.ConfigInvalid, "front.password_file: %s is empty", f.PasswordFile)
+	if p == "" {
+		err = tunnel.Errorf(tunnel.ConfigInvalid, "%s: %s is empty", key, file)
 	}
 	return p, err
 }
