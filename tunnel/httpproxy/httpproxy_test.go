@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -22,13 +23,19 @@ import (
 	"culvert/tunnel"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == ntlmHelper {
+		helpSquid()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func to(ways ...*url.URL) Chooser {
 	return func(context.Context, string) ([]*url.URL, error) { return ways, nil }
 }
 
-func known2(user, password string) func() (string, string, error) {
+func knownAs(user, password string) func() (string, string, error) {
 	return func() (string, string, error) { return user, password, nil }
 }
 
@@ -95,7 +102,7 @@ func TestEachSchemeIsAnsweredAndRememberedForTheNextConnection(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newProxy(t, c.login)
 			p.close = c.close
-			d := dialer(t, Config{Choose: to(p.url), Credentials: known2(goodUser, goodPassword)})
+			d := dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, goodPassword)})
 			for i, want := range [][]string{c.first, c.next, c.next} {
 				if err := dial(t, d); err != nil {
 					t.Fatalf("connection %d: %v", i, err)
@@ -119,7 +126,7 @@ func TestANTLMProxyThatClosesAfterItsFirst407IsDialledAgain(t *testing.T) {
 		p.close = r.Header.Get("Proxy-Authorization") == ""
 		return login(s, r)
 	}
-	if err := dial(t, dialer(t, Config{Choose: to(p.url), Credentials: known2(goodUser, goodPassword)})); err != nil {
+	if err := dial(t, dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, goodPassword)})); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -138,7 +145,7 @@ func TestWithoutAPasswordTheErrorNamesWhatTheProxyOffers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newProxy(t, func(*session, *http.Request) []string { return c.offers })
-			err := dial(t, dialer(t, Config{Choose: to(p.url), Credentials: known2(c.user, goodPassword)}))
+			err := dial(t, dialer(t, Config{Choose: to(p.url), Credentials: knownAs(c.user, goodPassword)}))
 			var auth *AuthError
 			if tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || !errors.As(err, &auth) {
 				t.Fatalf("got %v", err)
@@ -196,7 +203,7 @@ func TestAPasswordThatIsNotAcceptedAnyMoreIsSentOnceMoreAtMost(t *testing.T) {
 				}
 				return login(s, &http.Request{Header: http.Header{}})
 			})
-			d := dialer(t, Config{Choose: to(p.url), Credentials: known2(goodUser, goodPassword)})
+			d := dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, goodPassword)})
 			if err := dial(t, d); err != nil {
 				t.Fatal(err)
 			}
@@ -362,7 +369,7 @@ func TestTheWayToAProxyCanBeEncrypted(t *testing.T) {
 	}()
 	t.Cleanup(func() { secure.Close(); <-done })
 	u := &url.URL{Scheme: "https", Host: inner.Addr().String()}
-	d := dialer(t, Config{Choose: to(u), TLS: &tls.Config{RootCAs: roots}, Credentials: known2(goodUser, goodPassword)})
+	d := dialer(t, Config{Choose: to(u), TLS: &tls.Config{RootCAs: roots}, Credentials: knownAs(goodUser, goodPassword)})
 	if err := dial(t, d); err != nil {
 		t.Error(err)
 	}

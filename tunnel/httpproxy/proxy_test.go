@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -98,7 +99,7 @@ func (p *proxy) heard() ([]string, int) {
 }
 
 const (
-	goodUser, goodPassword = "alice", "sesame: öffne dich"
+	goodUser, goodPassword = "alice", "Sesam, öffne dich"
 	target                 = "cloud.example.net:443"
 )
 
@@ -160,6 +161,31 @@ func ntlm(scheme string, others ...string) func(*session, *http.Request) []strin
 			}
 		}
 		return ask
+	}
+}
+
+// ntlmHelper is the argument by which this program is squid's helper for NTLM: the
+// one that squid brings (ntlm_fake_auth of 5.7) sends challenges with a wild offset.
+const ntlmHelper = "ntlm-helper"
+
+// helpSquid: https://wiki.squid-cache.org/Features/AddonHelpers#negotiate-and-ntlm-scheme
+func helpSquid() {
+	var challenge []byte
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		what, blob, _ := strings.Cut(in.Text(), " ")
+		message, _ := base64.StdEncoding.DecodeString(blob)
+		switch {
+		case what == "YR":
+			challenge = make([]byte, 8)
+			rand.Read(challenge)
+			fmt.Println("TT", base64.StdEncoding.EncodeToString(ntlmChallenge(challenge)))
+		case what == "KK" && ntlmProves(message, challenge):
+			fmt.Println("AF", goodUser)
+		case what == "KK":
+			fmt.Println("NA", "wrong")
+		default:
+			fmt.Println("BH", "what")
+		}
 	}
 }
 
