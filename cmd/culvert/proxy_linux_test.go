@@ -128,6 +128,8 @@ func TestCallsRunThroughWhatAClinicLetsOut(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, string){
 		"a squid that asks for a password": throughSquid,
 		"a squid, and UDP beside it":       besideSquid,
+		"an nginx that passes WebSockets":  throughNginx,
+		"an inspector":                     throughInspection,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, bin) })
 	}

@@ -19,7 +19,7 @@ import (
 	"unicode/utf16"
 
 	"github.com/icholy/digest"
-	"golang.org/x/crypto/md4"
+	"golang.org/x/crypto/md4" //lint:ignore SA1019 NTLM is made of it
 )
 
 // A proxy of the tests answers CONNECT as its login says.
@@ -225,7 +225,7 @@ func ntlmProves(m, challenge []byte) bool {
 	if len(response) < 16 || string(user) != string(utf16le(goodUser)) {
 		return false
 	}
-	hash := md4.New() //lint:ignore SA1019 NTLM is made of it
+	hash := md4.New()
 	hash.Write(utf16le(goodPassword))
 	key := mac(hash.Sum(nil), utf16le(strings.ToUpper(goodUser)), domain)
 	return hmac.Equal(response[:16], mac(key, challenge, response[16:]))

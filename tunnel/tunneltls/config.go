@@ -24,6 +24,11 @@ type Config struct {
 	// be a Layered one.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
+	// Other takes connections of a Listener whose TLS handshake is done and has
+	// chosen none of TLS.NextProtos, where TLS.GetConfigForClient lets such in.
+	// They are Layered, and Other's to close. nil: they are candidates like others.
+	Other func(net.Conn)
+
 	// HandshakeTimeout bounds the way to a Candidate: TCP and TLS when
 	// dialling; TLS, and waiting for Accept, when listening. Default 5 s.
 	HandshakeTimeout time.Duration
@@ -62,8 +67,7 @@ type Config struct {
 	unread *atomic.Int64 // what has come on all carriers and was not read
 }
 
-// A Layered connection is not TCP itself but runs on it, in the TLS of a proxy,
-// say. What the kernel tells of TCP is of use here only beside how much it was given.
+// A Layered connection is not TCP itself but runs on it, in a WebSocket, say. What the kernel tells of TCP is of use here only beside how much it was given.
 type Layered interface {
 	net.Conn
 	TCP() net.Conn // the TCP connection below

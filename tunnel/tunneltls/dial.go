@@ -3,7 +3,6 @@ package tunneltls
 import (
 	"context"
 	"crypto/tls"
-	"net"
 
 	"culvert/tunnel"
 )
@@ -25,12 +24,20 @@ func NewDialer(cfg Config) (*Dialer, error) {
 // Kind returns "tls".
 func (d *Dialer) Kind() string { return kind }
 
-// Dial connects to HOST:PORT within Config.HandshakeTimeout. Where Config.TLS
-// names no server, HOST is the name to verify and to send as SNI.
+// Dial connects to HOST:PORT, or to a URL where Config.Dial knows how, within
+// Config.HandshakeTimeout. Where Config.TLS names no server, HOST is the name to
+// verify and to send as SNI.
 func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, error) {
-	host, _, err := net.SplitHostPort(address)
+	to, _, err := tunnel.ParseAddress(address)
 	if err != nil {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%q is not HOST:PORT", address)
+		return nil, err
+	}
+	conf := d.cfg.TLS
+	if conf.ServerName == "" {
+		conf = conf.Clone()
+		if conf.ServerName = to.Host; to.Host == "" {
+			conf.ServerName = to.Addr.String()
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.cfg.HandshakeTimeout)
 	defer cancel()
@@ -40,11 +47,6 @@ func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, er
 	}
 	raw, g := newGather(below, d.cfg.WriteTimeout)
 	tune(raw)
-	conf := d.cfg.TLS
-	if conf.ServerName == "" {
-		conf = conf.Clone()
-		conf.ServerName = host
-	}
 	conn := tls.Client(g, conf)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		below.Close()

@@ -19,7 +19,7 @@ import (
 
 // Config is what an uplink needs.
 type Config struct {
-	Proxies   []string                  // cloud proxies as HOST:PORT, in order of preference; at least one
+	Proxies   []string                  // cloud proxies as tunnel.ParseAddress reads them, in order of preference; at least one
 	QUIC, TLS tunnel.Dialer             // one may be nil
 	Open      func() (wire.Open, error) // what to say of ourselves; asked anew each time, since tokens are renewed
 	Age       time.Duration             // how long a datagram may wait; 0: media.MaxAge
@@ -86,7 +86,7 @@ func New(cfg Config) (*Uplink, error) {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "there is no cloud proxy to connect to; set cloud_proxy.address")
 	}
 	for _, p := range cfg.Proxies {
-		if _, err := tunnel.ParseTarget(p); err != nil {
+		if _, _, err := tunnel.ParseAddress(p); err != nil {
 			return nil, err
 		}
 	}

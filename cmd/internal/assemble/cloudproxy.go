@@ -24,6 +24,7 @@ import (
 	"culvert/tunnel/tunnelquic"
 	"culvert/tunnel/tunneltls"
 	"culvert/tunnel/uplink"
+	"culvert/tunnel/websocket"
 )
 
 // CloudProxyParts is what a cloud proxy is made of, with every file read.
@@ -35,6 +36,7 @@ type CloudProxyParts struct {
 	Certificate tls.Certificate
 	ResetKey    []byte // a secret; nil: none
 	ALPN        []string
+	WebSocket   config.WebSocket
 	Keys        identity.Keys
 	Policy      *policy.Policy
 	Egress      egress.Config
@@ -81,7 +83,7 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 		return nil, err
 	}
 	p := CloudProxyParts{
-		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, Keys: keys, Policy: pol,
+		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, WebSocket: c.WebSocket, Keys: keys, Policy: pol,
 		Egress:  out,
 		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond, StreamMemory: c.Limits.StreamMemory << 20},
 		Memory:  c.Limits.TotalStreamMemory << 20,
@@ -144,9 +146,16 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	if err != nil {
 		return nil, errors.Join(err, tcp.Close(), udp.Close())
 	}
-	tl, err := tunneltls.Listen(tcp, tunneltls.Config{TLS: tlsConf, Log: p.Log, MaxStreams: streams + controlStreams, MaxAge: p.MaxWait})
+	listeners, err := listenTLS(tcp, &p, tunneltls.Config{TLS: tlsConf, Log: p.Log, MaxStreams: streams + controlStreams, MaxAge: p.MaxWait})
 	if err != nil {
 		return nil, errors.Join(err, tcp.Close(), ql.Close())
+	}
+	listeners = append(listeners, ql)
+	shut := func(err error) error {
+		for _, l := range listeners {
+			err = errors.Join(err, l.Close())
+		}
+		return err
 	}
 	c := &CloudProxy{Addr: tcp.Addr().(*net.TCPAddr).AddrPort(), quic: ql, log: p.Log}
 	if p.Address == "" {
@@ -154,16 +163,16 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	}
 	p.Egress.MaxAge = maxAge(p.MaxWait)
 	if c.egress, err = egress.New(p.Egress); err != nil {
-		return nil, errors.Join(err, tl.Close(), ql.Close())
+		return nil, shut(err)
 	}
 	admission, err := identity.NewAdmission(identity.Config{Keys: p.Keys})
 	if err != nil {
-		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
+		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	guard := policy.NewGuard(c.egress, func() *policy.Policy { return p.Policy })
 	c.resolve = egress.NewResolve(guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{
-		Listeners: []tunnel.Listener{ql, tl},
+		Listeners: listeners,
 		Authorize: func(ctx context.Context, o tunnel.Open) (tunnel.Opener, func(), error) {
 			_, release, err := admission.Admit(ctx, o)
 			return c.resolve, release, err
@@ -171,9 +180,45 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
 	if err != nil {
-		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
+		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	return c, nil
+}
+
+// listenTLS listens for what comes by TCP:
+//
+//	tcp ──► TLS ─┬─ the tunnel's ─────────────────────────► candidates
+//	             └─ HTTP's ──► WebSocket ──► TLS, inside ──► candidates
+//	plain HTTP ──────────────►
+func listenTLS(tcp net.Listener, p *CloudProxyParts, conf tunneltls.Config) ([]tunnel.Listener, error) {
+	if p.WebSocket.Path == "" {
+		l, err := tunneltls.Listen(tcp, conf)
+		return []tunnel.Listener{l}, err
+	}
+	web, err := websocket.NewListener(websocket.ListenConfig{Path: p.WebSocket.Path, Log: p.Log})
+	if err != nil {
+		return nil, err
+	}
+	if at := p.WebSocket.Listen; at != "" {
+		plain, err := net.Listen("tcp", at)
+		if err != nil {
+			web.Close()
+			return nil, cannotListen("TCP", at, err)
+		}
+		web.Serve(plain)
+	}
+	inside, err := tunneltls.Listen(web, conf)
+	if err != nil {
+		web.Close()
+		return nil, err
+	}
+	conf.TLS, conf.Other = cloudproxy.WithWeb(conf.TLS), web.Take
+	outside, err := tunneltls.Listen(tcp, conf)
+	if err != nil {
+		inside.Close()
+		return nil, err
+	}
+	return []tunnel.Listener{outside, inside}, nil
 }
 
 // Run serves until ctx ends and lets live calls finish, as cloudproxy.Server

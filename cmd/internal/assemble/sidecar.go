@@ -154,7 +154,10 @@ func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*u
 	if err != nil {
 		return nil, err
 	}
-	conf, err := uplink.ClientTLS(uplink.TLSConfig{Key: key, Pins: c.CloudProxy.Pin, Roots: roots, ServerName: c.CloudProxy.ServerName, ALPN: c.CloudProxy.ALPN})
+	known := uplink.TLSConfig{
+		Key: key, Pins: c.CloudProxy.Pin, Roots: roots, ServerName: c.CloudProxy.ServerName, ALPN: c.CloudProxy.ALPN, Inspectors: c.CloudProxy.TrustInterception,
+	}
+	conf, err := uplink.ClientTLS(known)
 	if err != nil {
 		return nil, err
 	}
@@ -168,12 +171,12 @@ func newUplink(c *config.Sidecar, changed <-chan struct{}, log *slog.Logger) (*u
 	if err != nil {
 		return nil, err
 	}
-	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Log: log, Dial: through.Dial, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
+	tcp, err := newOverTCP(through.Dial, known, tunneltls.Config{TLS: conf, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
 	if err != nil {
 		return nil, err
 	}
 	return uplink.New(uplink.Config{
-		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed,
+		Proxies: c.CloudProxy.Address, QUIC: hostAlone{quic}, TLS: tcp, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed,
 		Open: func() (wire.Open, error) {
 			token, err := c.Identity.TokenNow()
 			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err

@@ -29,11 +29,13 @@ type Sidecar struct {
 
 // CloudProxyRef says where the cloud proxy is and how it is known.
 type CloudProxyRef struct {
-	Address    List   `yaml:"address"` // HOST:PORT, in order of preference
+	Address    List   `yaml:"address"` // HOST:PORT or wss://HOST/PATH, in order of preference
 	Pin        List   `yaml:"pin,omitempty"`
 	ServerName string `yaml:"server_name,omitempty"`
 	CAFile     string `yaml:"ca_file,omitempty"`
 	ALPN       string `yaml:"alpn,omitempty"`
+	// TrustInterception are common names of authorities that may open the outer TLS.
+	TrustInterception List `yaml:"trust_interception,omitempty"`
 }
 
 // Identity is who the sidecar is.
@@ -124,12 +126,17 @@ func (c *Sidecar) Check() error {
 	if len(c.CloudProxy.Address) == 0 {
 		return missing("cloud_proxy.address", "HOST:443 of the cloud proxy")
 	}
+	inside := len(c.CloudProxy.TrustInterception) > 0 // the tunnel's TLS runs, or may run, inside another
 	for i, a := range c.CloudProxy.Address {
-		a = WithPort(a)
-		if err := CheckAddress(a); err != nil {
+		a, err := cloudProxyAddress(a)
+		if err != nil {
 			return field("cloud_proxy.address", err)
 		}
 		c.CloudProxy.Address[i] = a
+		inside = inside || strings.Contains(a, "://")
+	}
+	if inside && len(c.CloudProxy.Pin) == 0 {
+		return missing("cloud_proxy.pin", "what the tunnel's own TLS goes by where another one is around it (wss:// or trust_interception); 'culvert-cloudproxy init' prints it")
 	}
 	for _, p := range c.CloudProxy.Pin {
 		if _, err := tunnel.ParsePin(p); err != nil {
@@ -137,9 +144,8 @@ func (c *Sidecar) Check() error {
 		}
 	}
 	if c.CloudProxy.ServerName == "" {
-		host, _, _ := net.SplitHostPort(c.CloudProxy.Address[0])
-		if net.ParseIP(host) == nil {
-			c.CloudProxy.ServerName = host
+		if to, _, _ := tunnel.ParseAddress(c.CloudProxy.Address[0]); to.Host != "" {
+			c.CloudProxy.ServerName = to.Host
 		} else {
 			return missing("cloud_proxy.server_name", "the name in the cloud proxy's certificate; the address is a number and tells none")
 		}
@@ -247,6 +253,19 @@ func CheckAddress(a string) error {
 		}
 	}
 	return nil
+}
+
+// cloudProxyAddress checks HOST, HOST:PORT or wss://HOST[:PORT]/PATH, and gives the
+// first its port.
+func cloudProxyAddress(a string) (string, error) {
+	if !strings.Contains(a, "://") {
+		a = WithPort(a)
+	}
+	to, _, err := tunnel.ParseAddress(a)
+	if err != nil {
+		return a, err
+	}
+	return a, CheckAddress(to.String())
 }
 
 // WithPort adds Culvert's port, 443, to an address without one.
