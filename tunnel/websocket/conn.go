@@ -2,7 +2,10 @@ package websocket
 
 import (
 	"context"
+	"errors"
+	"io"
 	"net"
+	"os"
 	"sync/atomic"
 
 	"github.com/coder/websocket"
@@ -23,10 +26,34 @@ type Conn struct {
 	ws    *websocket.Conn
 	below layered
 	via   string
+	over  atomic.Bool // Close was called
 }
 
 func newConn(ws *websocket.Conn, below layered, via string) *Conn {
 	return &Conn{Conn: websocket.NetConn(context.Background(), ws, websocket.MessageBinary), ws: ws, below: below, via: via}
+}
+
+// Read and Write fail as those of other connections do: NetConn ends them by a context.
+func (c *Conn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	return n, c.plain(err)
+}
+
+func (c *Conn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	return n, c.plain(err)
+}
+
+func (c *Conn) plain(err error) error {
+	switch {
+	case err == nil || err == io.EOF:
+		return err
+	case c.over.Load():
+		return net.ErrClosed
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return os.ErrDeadlineExceeded
+	}
+	return err
 }
 
 // LocalAddr and RemoteAddr are those of TCP.
@@ -45,6 +72,7 @@ func (c *Conn) Via() string { return c.via }
 // Close ends the connection at once. What runs inside has said farewell itself,
 // so the closing handshake (RFC 6455 §7.1.2), for which one has to wait, is left out.
 func (c *Conn) Close() error {
+	c.over.Store(true)
 	err := c.ws.CloseNow()
 	c.Conn.Close() // its timers
 	return err
