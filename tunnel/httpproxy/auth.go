@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net/url"
 	"slices"
@@ -38,16 +39,19 @@ func (credentials) String() string { return "…" }
 
 // A method is how a proxy wants to be answered.
 //
-//	Basic, Digest      one request with the answer
-//	NTLM, Negotiate    a first message, a challenge, the answer; all on one connection
+//	Basic, Digest, Negotiate by a ticket    one request with the answer
+//	NTLM, Negotiate by NTLM                 a first message, a challenge, the answer; all on one connection
 type method struct {
 	scheme string            // as the proxy writes it
 	digest *digest.Challenge // Digest's
+	ticket bool              // Negotiate by a Kerberos ticket, in one request; else by NTLM
 	count  int               // how many answers its nonce has had
 }
 
 // preference is from the best to the least (the order of Chromium's rating).
-var preference = []string{"Negotiate", "NTLM", "Digest", "Basic"}
+var preference = []string{negotiate, "NTLM", "Digest", "Basic"}
+
+const negotiate = "Negotiate"
 
 // choose takes the best that is offered, besides the schemes that were of no use;
 // nil: nothing here can answer.
@@ -79,34 +83,44 @@ type login struct {
 	proxy   *url.URL
 	address string
 	cred    credentials
+	ticket  func() ([]byte, error) // nil: there are none
 
 	method   *method  // how it is answered; nil: not at all yet
 	count    int      // which answer by this method it is
 	fresh    bool     // the proxy has offered the method just now
 	answer   string   // to the challenge of a handshake; "": there was none
 	useless  []string // schemes that led nowhere
+	noTicket error    // why there is none; nil: it was not tried, or not accepted
+	tried    bool     // a ticket was
 	rejected bool     // the answer was wrong
 }
 
 // field is what the next request says of us.
 func (l *login) field() (string, error) {
 	switch {
-	case l.method == nil || l.cred.user == "":
-		return "", nil
 	case l.answer != "":
 		return l.answer, nil
+	case l.method == nil:
+		return "", nil
+	case l.method.ticket:
+		var token []byte
+		if token, l.noTicket = l.ticket(); l.noTicket != nil {
+			return "", nil // it has run out; the password may do
+		}
+		return l.method.scheme + " " + base64.StdEncoding.EncodeToString(token), nil
+	case l.cred.user == "":
+		return "", nil
 	}
 	return l.method.begin(l.cred, l.address, l.count)
 }
 
 // next decides what to say next, after an answer of 407.
 func (l *login) next(offered []challenge) (err error) {
-	if l.cred.user == "" {
-		return required(l.proxy, offered, l.cred, nil)
-	}
 	was := l.method
 	switch {
-	case was == nil:
+	case was == nil, l.cred.user == "" && !was.ticket:
+	case was.ticket:
+		l.tried = true
 	case was.handshake() && l.answer == "":
 		if l.answer, err = was.reply(l.cred, offered); err != nil {
 			return misunderstood(l.proxy, err)
@@ -119,18 +133,42 @@ func (l *login) next(offered []challenge) (err error) {
 	case l.fresh, was.handshake(), was.digest == nil && slices.ContainsFunc(offered, func(c challenge) bool { return c.is(was.scheme) }):
 		// The password itself was judged, not a nonce.
 		l.rejected = true
-		return required(l.proxy, offered, l.cred, was)
+		return required(l.proxy, offered, l.cred, was, nil)
 	}
-	l.method, l.count, l.fresh, l.answer = choose(offered, l.useless), 1, true, ""
-	if l.method == nil {
-		return required(l.proxy, offered, l.cred, nil)
+	l.count, l.fresh, l.answer = 1, true, ""
+	for {
+		l.method = choose(offered, l.useless)
+		switch {
+		case l.method == nil:
+			return required(l.proxy, offered, l.cred, nil, l.noTicket)
+		case l.byTicket():
+			return nil
+		case l.cred.user != "":
+			return nil
+		}
+		l.useless = append(l.useless, l.method.scheme)
 	}
-	return nil
+}
+
+// byTicket answers by a Kerberos ticket, where that is asked for and there is one.
+func (l *login) byTicket() bool {
+	if l.tried || l.ticket == nil || !strings.EqualFold(l.method.scheme, negotiate) {
+		return false
+	}
+	l.tried = true
+	token, err := l.ticket()
+	if err != nil {
+		l.noTicket = err
+		return false
+	}
+	l.method.ticket = true
+	l.answer = l.method.scheme + " " + base64.StdEncoding.EncodeToString(token)
+	return true
 }
 
 // handshake says whether it takes a challenge on the same connection.
 func (m *method) handshake() bool {
-	return strings.EqualFold(m.scheme, "NTLM") || strings.EqualFold(m.scheme, "Negotiate")
+	return !m.ticket && (strings.EqualFold(m.scheme, "NTLM") || strings.EqualFold(m.scheme, negotiate))
 }
 
 // begin returns the field with which a request begins, of the answer to a
@@ -198,7 +236,7 @@ func (d *Dialer) credentialsFor(proxy *url.URL) (c credentials, err error) {
 }
 
 // required is the error where a proxy wants to know who we are.
-func required(proxy *url.URL, offered []challenge, c credentials, tried *method) error {
+func required(proxy *url.URL, offered []challenge, c credentials, tried *method, noTicket error) error {
 	e := &AuthError{Proxy: proxy.Host, Schemes: schemes(offered)}
 	offers := "names no scheme"
 	if len(e.Schemes) > 0 {
@@ -213,6 +251,9 @@ func required(proxy *url.URL, offered []challenge, c credentials, tried *method)
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s); set proxy.user and proxy.password_file, or ask IT to let this machine through", name(proxy), offers)
 	default:
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s), and Culvert can answer Negotiate, NTLM, Digest and Basic; ask IT to offer one of these", name(proxy), offers)
+	}
+	if noTicket != nil && !errors.Is(noTicket, errNoTickets) {
+		text += fmt.Sprintf("; a Kerberos ticket could not be used (%.120q)", noTicket.Error())
 	}
 	return &tunnel.Error{Code: tunnel.ProxyAuthRequired, Text: text, Err: e}
 }

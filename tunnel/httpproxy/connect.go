@@ -32,7 +32,7 @@ const (
 //	what it accepted last time, or nothing
 //	  ├─ 2xx ──► the connection
 //	  ├─ 407 ──► the best that it offers ──► 2xx
-//	  │            ├─ NTLM, Negotiate: a challenge, and the answer, on this connection
+//	  │            ├─ NTLM: a challenge, and the answer, on this connection
 //	  │            └─ 407 again: rejected, and not sent again for a while
 //	  └─ else ─► an error that says what
 func (d *Dialer) through(ctx context.Context, network, address string, proxy *url.URL) (net.Conn, error) {
@@ -44,6 +44,9 @@ func (d *Dialer) through(ctx context.Context, network, address string, proxy *ur
 		return nil, err
 	}
 	l := login{proxy: proxy, address: address, cred: cred}
+	if d.cfg.Ticket != nil {
+		l.ticket = func() ([]byte, error) { return d.cfg.Ticket(ctx, proxy.Hostname()) }
+	}
 	l.method, l.count = d.remembered(proxy)
 	var t *talk
 	for range maxRequests {
@@ -84,7 +87,7 @@ func (d *Dialer) through(ctx context.Context, network, address string, proxy *ur
 		if !t.keep(res) {
 			t.close()
 			t = nil
-			if l.answer != "" {
+			if l.answer != "" && l.method.handshake() {
 				return nil, misunderstood(proxy, errors.New("it closes the connection on which it has sent a challenge"))
 			}
 		}

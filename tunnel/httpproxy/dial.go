@@ -32,6 +32,8 @@ type Config struct {
 	// none, so that a changed file counts at once. An empty user: there are
 	// none. nil: the same.
 	Credentials func() (user, password string, err error)
+	// Ticket makes Negotiate's answer without a password; Ticket, or nil: there is none.
+	Ticket func(ctx context.Context, host string) ([]byte, error)
 	// TLS is how proxies with an https URL are verified; nil: by the system's
 	// authorities. It is cloned.
 	TLS *tls.Config

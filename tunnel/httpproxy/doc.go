@@ -6,8 +6,8 @@
 //
 // Which proxy, if any, a Chooser says: a fixed one, the environment
 // (HTTPS_PROXY, NO_PROXY), or a PAC file. A proxy that asks who we are is
-// answered with the best it offers of Negotiate and NTLM (both with a password,
-// NTLMv2), Digest and Basic.
+// answered with the best it offers of Negotiate (by a Kerberos ticket, or NTLM
+// inside), NTLM (NTLMv2), Digest and Basic.
 //
 // It promises that what a proxy answers is bounded in bytes, and in time by the
 // context; that a password goes to no proxy before that has asked for it, by no

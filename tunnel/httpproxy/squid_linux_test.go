@@ -16,31 +16,49 @@ import (
 	"culvert/tunnel"
 )
 
-// squid starts Debian's squid on loopback, with the lines of auth.
-func squid(t *testing.T, auth string) *url.URL {
+// needed returns the path of a program that CI must have.
+func needed(t *testing.T, program string) string {
 	t.Helper()
-	program, err := exec.LookPath("squid")
+	path, err := exec.LookPath(program)
 	if err != nil {
 		if os.Getenv("CI") == "true" {
 			t.Fatal(err)
 		}
 		t.Skip(err)
 	}
-	free, err := net.Listen("tcp", "127.0.0.1:0")
+	return path
+}
+
+// free returns an address on loopback that nobody listens at.
+func free(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := free.Addr().String()
-	free.Close()
-	// Not t.TempDir: squid becomes another user, who can not enter that.
-	dir, err := os.MkdirTemp("", "squid")
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// openDir makes a folder for programs that become another user, who can not enter
+// what t.TempDir makes.
+func openDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "proxy")
+	if err == nil {
+		err = os.Chmod(dir, 0o777)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o777); err != nil {
-		t.Fatal(err)
-	}
+	return dir
+}
+
+// squid starts Debian's squid on loopback, with the lines of auth.
+func squid(t *testing.T, dir, auth string) *url.URL {
+	t.Helper()
+	program, at := needed(t, "squid"), free(t)
 	if err := os.WriteFile(filepath.Join(dir, "users"), []byte(goodUser+":"+goodPassword+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +118,9 @@ shutdown_lifetime 0 seconds
 	}
 }
 
-func TestSquidLetsIn(t *testing.T) {
+// echo listens, and answers with what it hears.
+func echo(t *testing.T) (address string) {
+	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -118,35 +138,46 @@ func TestSquidLetsIn(t *testing.T) {
 		}
 	}()
 	t.Cleanup(func() { ln.Close(); <-done })
+	return ln.Addr().String()
+}
+
+// passes connects through a proxy to an echo, some times.
+func passes(t *testing.T, d *Dialer, to string) {
+	t.Helper()
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		c, err := d.Dial(ctx, "tcp", to)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		io.WriteString(c, "hello")
+		got := make([]byte, 5)
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
+			t.Errorf("%q came back, %v", got, err)
+		}
+		c.Close()
+	}
+}
+
+func TestSquidLetsIn(t *testing.T) {
+	at := echo(t)
 	for scheme, auth := range map[string]string{
 		"Digest": "auth_param digest program /usr/lib/squid/digest_file_auth DIR/users\nauth_param digest realm clinic",
 		"NTLM":   "auth_param ntlm program DIR/helper " + ntlmHelper,
 	} {
 		t.Run(scheme, func(t *testing.T) {
-			u := squid(t, auth)
+			u := squid(t, openDir(t), auth)
 			d := dialer(t, Config{Choose: to(u), Credentials: knownAs(goodUser, goodPassword)})
-			for range 3 {
-				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-				c, err := d.Dial(ctx, "tcp", ln.Addr().String())
-				cancel()
-				if err != nil {
-					t.Fatal(err)
-				}
-				c.SetDeadline(time.Now().Add(20 * time.Second))
-				io.WriteString(c, "hello")
-				got := make([]byte, 5)
-				if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
-					t.Errorf("%q came back, %v", got, err)
-				}
-				c.Close()
-			}
+			passes(t, d, at)
 			d.learn(u, func(k *known) {
 				if k.method == nil || k.method.scheme != scheme {
 					t.Errorf("squid was answered by %+v", k.method)
 				}
 			})
 			d = dialer(t, Config{Choose: to(u), Credentials: knownAs(goodUser, "wrong")})
-			if _, err := d.Dial(t.Context(), "tcp", ln.Addr().String()); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired {
+			if _, err := d.Dial(t.Context(), "tcp", at); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired {
 				t.Errorf("with a wrong password: %v", err)
 			}
 		})

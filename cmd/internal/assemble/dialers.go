@@ -40,7 +40,7 @@ func throughProxy(c *config.HTTPProxy, below *net.Dialer) (*httpproxy.Dialer, er
 		}
 		choose = httpproxy.Fixed(u, c.NoProxy)
 	}
-	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, TLS: &tls.Config{RootCAs: roots}, Dial: below.DialContext})
+	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: &tls.Config{RootCAs: roots}, Dial: below.DialContext})
 }
 
 // hostAlone dials the host of an address that is a URL: UDP knows no WebSockets,
