@@ -18,7 +18,7 @@ RUN mkdir -p /root-of-image/run/culvert && chmod 0700 /root-of-image/run/culvert
 FROM scratch
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build --chown=65532:65532 /root-of-image/ /
-COPY --from=build /out/culvert /out/culvert-cloudproxy /usr/bin/
+COPY --from=build /out/culvert /out/culvert-cloudproxy /out/culvert-pac /usr/bin/
 # A number, not a name: there is no /etc/passwd here, and Kubernetes can tell that it is not root.
 USER 65532:65532
 ENV PATH=/usr/bin

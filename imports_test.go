@@ -88,6 +88,7 @@ var libraries = []struct {
 	{path: "github.com/Azure/go-ntlmssp", by: []string{"tunnel/httpproxy"}},
 	{path: "github.com/coder/websocket", by: []string{"tunnel/websocket"}},
 	{path: "github.com/jcmturner/gokrb5", by: []string{"tunnel/httpproxy"}},
+	{path: "github.com/dop251/goja", by: []string{"cmd/culvert-pac"}},
 	{path: "github.com/icholy/digest", by: []string{"tunnel/httpproxy"}},
 	{path: "github.com/armon/go-socks5", by: []string{"sidecar"}},
 	{path: "github.com/pion", by: []string{"cmd/culvert-demo", "cmd/internal/webcall"}, testsToo: true},

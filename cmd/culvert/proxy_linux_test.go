@@ -23,7 +23,7 @@ func buildBoth(t *testing.T) (bin string) {
 	bin = t.TempDir()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*runPatience)
 	defer cancel()
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy", "culvert/cmd/culvert-pac").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
 	return bin
@@ -178,14 +178,18 @@ func throughSquid(t *testing.T, bin string) {
 	}
 }
 
-// UDP that is open beside the proxy carries the call, and TCP goes through it.
+// UDP that is open beside the proxy carries the call, and TCP goes through it, which
+// here a PAC file names behind one that is not there.
 func besideSquid(t *testing.T, bin string) {
 	pair := netpair.New(t)
 	at := squid(t, pair)
 	o := newOnly443On(t, bin, pair, func(dir string) {
 		os.WriteFile(filepath.Join(dir, "password"), []byte("sesame"), 0o600)
+		os.WriteFile(filepath.Join(dir, "clinic.pac"), fmt.Appendf(nil, `function FindProxyForURL(url, host) {
+			if (isInNet(host, "198.18.80.0", "255.255.255.0")) return "PROXY 127.0.0.1:9; PROXY %s; DIRECT";
+		}`, at), 0o600)
 		rewrite(t, dir, func(text string) string {
-			return text + fmt.Sprintf("proxy:\n  url: http://%s\n  user: alice\n  password_file: password\n", at)
+			return text + "proxy:\n  pac: clinic.pac\n  user: alice\n  password_file: password\n"
 		}, nil)
 	})
 	w := pair.Watch(t, at.Port())

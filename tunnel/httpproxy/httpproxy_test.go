@@ -461,3 +461,23 @@ func FuzzChallenges(f *testing.F) {
 		}
 	})
 }
+
+func FuzzPAC(f *testing.F) {
+	for _, s := range []string{"PROXY a:3128; DIRECT", "HTTPS [2001:db8::1]:1;;SOCKS5 x:1", "PROXY u:p@h", "PROXY a:1 b:2", "proxy\t\x1b:1; ; "} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		ways, err := parsePAC(text)
+		if len(ways) > maxWays || err != nil && len(ways) > 0 {
+			t.Errorf("%d ways, %v", len(ways), err)
+		}
+		if err != nil && strings.ContainsAny(err.Error(), "\r\n\x1b") {
+			t.Errorf("the error is %q", err)
+		}
+		for _, u := range ways {
+			if u != nil && (u.User != nil || u.Port() == "" || u.Hostname() == "" || strings.ContainsAny(u.Host, "\r\n \x1b")) {
+				t.Errorf("a way is %q", u)
+			}
+		}
+	})
+}

@@ -27,11 +27,15 @@ func throughProxy(c *config.HTTPProxy, below *net.Dialer) (*httpproxy.Dialer, er
 	if _, _, err := c.Credentials(); err != nil {
 		return nil, err
 	}
-	choose := httpproxy.Environment()
-	switch c.URL {
-	case "":
-		choose = httpproxy.Except(c.NoProxy, choose)
-	case config.NoProxy:
+	conf := &tls.Config{RootCAs: roots}
+	var choose httpproxy.Chooser
+	switch {
+	case c.PAC != "":
+		pac := &httpproxy.PAC{Source: c.PAC, TLS: conf, Dial: below.DialContext}
+		choose = httpproxy.Except(c.NoProxy, pac.Choose)
+	case c.URL == "":
+		choose = httpproxy.Except(c.NoProxy, httpproxy.Environment())
+	case c.URL == config.NoProxy:
 		choose = httpproxy.Direct
 	default:
 		u, err := httpproxy.ParseURL(c.URL)
@@ -40,7 +44,7 @@ func throughProxy(c *config.HTTPProxy, below *net.Dialer) (*httpproxy.Dialer, er
 		}
 		choose = httpproxy.Fixed(u, c.NoProxy)
 	}
-	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: &tls.Config{RootCAs: roots}, Dial: below.DialContext})
+	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: below.DialContext})
 }
 
 // hostAlone dials the host of an address that is a URL: UDP knows no WebSockets,

@@ -52,10 +52,11 @@ type Identity struct {
 // PAC the environment says which: HTTPS_PROXY, NO_PROXY.
 type HTTPProxy struct {
 	URL          string `yaml:"url,omitempty"` // http://HOST:PORT, https://HOST:PORT or none
+	PAC          string `yaml:"pac,omitempty"` // a file, or an http or https URL, that says which
 	User         string `yaml:"user,omitempty"`
 	PasswordFile string `yaml:"password_file,omitempty"`
 	NoProxy      List   `yaml:"no_proxy,omitempty"` // as in NO_PROXY
-	CAFile       string `yaml:"ca_file,omitempty"`  // for https://
+	CAFile       string `yaml:"ca_file,omitempty"`  // for https://, of the proxy or of the PAC file
 }
 
 // NoProxy as the URL goes directly, whatever the environment says.
@@ -97,6 +98,9 @@ func ReadSidecar(file string) (*Sidecar, error) {
 	}
 	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
 		*name = beside(file, *name)
+	}
+	if !strings.Contains(c.Proxy.PAC, "://") {
+		c.Proxy.PAC = beside(file, c.Proxy.PAC)
 	}
 	if err := checked(file, c.Check); err != nil {
 		return nil, err
@@ -182,6 +186,12 @@ func (p *HTTPProxy) check() error {
 		if _, err := httpproxy.ParseURL(p.URL); err != nil {
 			return field("proxy.url", err)
 		}
+	}
+	switch scheme, _, isURL := strings.Cut(p.PAC, "://"); {
+	case p.PAC != "" && p.URL != "":
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: url and pac say both which proxy it is; leave one out")
+	case isURL && scheme != "http" && scheme != "https":
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy.pac: %.60q is neither a file nor an http or https URL", p.PAC)
 	}
 	if (p.User == "") != (p.PasswordFile == "") {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: it needs both user and password_file, or neither")
