@@ -35,6 +35,7 @@ type granted struct {
 	welcome wire.Welcome
 	address string // of the cloud proxy that was asked
 	why     string // why this kind of connection
+	took    time.Duration
 }
 
 // A run is one session, from its Welcome to its end: it keeps the paths that
@@ -623,6 +624,7 @@ func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, e
 	if own := r.welcome.Address; d.Kind() == "quic" && own != "" {
 		address = own // not by what passes WebSockets on, if at all
 	}
+	began := time.Now()
 	cand, err := d.Dial(ctx, address)
 	if err != nil {
 		return nil, err
@@ -643,5 +645,5 @@ func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, e
 		cand.Close()
 		return nil, err
 	}
-	return &granted{cand: cand, welcome: *m.Welcome, address: r.address}, nil
+	return &granted{cand: cand, welcome: *m.Welcome, address: r.address, took: time.Since(began)}, nil
 }

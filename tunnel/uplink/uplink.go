@@ -271,6 +271,7 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 	}
 	hello.Version, hello.Sealed, hello.Instance = wire.Current, media.PreferredAEADs(), u.instance
 	ask := wire.Message{Open: &hello}
+	began := time.Now()
 	cand, why, err := u.race(ctx, mode, address)
 	if err != nil {
 		return nil, err
@@ -300,10 +301,18 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		return nil, err
 	}
 	u.hear(address, m.Welcome.Proxies)
-	if c, ok := cand.(interface{ Via() string }); ok && c.Via() != "" {
-		why += "; through " + c.Via()
+	if v := via(cand); v != "" {
+		why += "; through " + v
 	}
-	return &granted{cand, *m.Welcome, address, why}, nil
+	return &granted{cand, *m.Welcome, address, why, time.Since(began)}, nil
+}
+
+// via says what a connection goes through, such as a proxy; "": nothing.
+func via(c tunnel.Candidate) string {
+	if v, ok := c.(interface{ Via() string }); ok {
+		return v.Via()
+	}
+	return ""
 }
 
 // follow opens a session where a cloud proxy has sent us.

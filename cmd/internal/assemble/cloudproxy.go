@@ -60,6 +60,8 @@ type CloudProxy struct {
 const (
 	// defaultStreams is that of session.Limits.Streams and of sidecar.FrontConfig.MaxConns.
 	defaultStreams = 4096
+	// allUnread is that of tunneltls.Config: memory for what peers have sent and nobody reads.
+	allUnread = 512 << 20
 	// controlStreams are for what a carrier carries besides a session's streams.
 	controlStreams = 16
 )
@@ -207,6 +209,7 @@ func listenTLS(tcp net.Listener, p *CloudProxyParts, conf tunneltls.Config) ([]t
 		}
 		web.Serve(plain)
 	}
+	conf.AllUnread = allUnread / 2 // of each of the two
 	inside, err := tunneltls.Listen(web, conf)
 	if err != nil {
 		web.Close()
