@@ -100,8 +100,22 @@ func under(text string, lines ...string) string {
 // A load balancer ends TLS, and passes what is a WebSocket at one path, and
 // nothing else.
 func throughNginx(t *testing.T, bin string) {
-	program, dir := needed(t, "nginx"), t.TempDir()
 	pair := netpair.New(t)
+	throughNginxAt(t, bin, pair, "", 443, "through a WebSocket at ")
+}
+
+// The same from a clinic whose proxy asks for a password.
+func throughSquidAndNginx(t *testing.T, bin string) {
+	pair := netpair.New(t)
+	at := squid(t, pair)
+	more := fmt.Sprintf("mode: tcp\nproxy:\n  url: http://%s\n  user: alice\n  password_file: password\n", at)
+	throughNginxAt(t, bin, pair, more, at.Port(), "through the proxy http://"+at.String()+", and a WebSocket at ")
+}
+
+// throughNginxAt adds more to the sidecar's configuration. All that passes is to go
+// to one port, and the link's state to say by what.
+func throughNginxAt(t *testing.T, bin string, pair *netpair.Pair, more string, port uint16, says string) {
+	program, dir := needed(t, "nginx"), t.TempDir()
 	ca := newAuthority(t, "Clinic CA")
 	cert := ca.certificate(t, assemble.DefaultServerName)
 	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
@@ -147,23 +161,24 @@ http {
 		}
 	})
 	o := newOnly443On(t, bin, pair, func(dir string) {
+		os.WriteFile(filepath.Join(dir, "password"), []byte("sesame"), 0o600)
 		behind(t, dir, ca, func(text string) string {
-			return under(strings.Replace(text, netpair.FarAddr.String()+":443", "wss://"+netpair.FarAddr.String()+"/calls", 1), "ca_file: ca.pem")
+			return more + under(strings.Replace(text, netpair.FarAddr.String()+":443", "wss://"+netpair.FarAddr.String()+"/calls", 1), "ca_file: ca.pem")
 		})
 	})
 	pair.Far.Start(t, exec.Command(program, "-e", filepath.Join(dir, "log"), "-c", filepath.Join(dir, "nginx.conf")))
 	farAnswers(t, pair, netip.AddrPortFrom(netpair.FarAddr, 443))
-	w := pair.Watch(t, 443)
+	w := pair.Watch(t, port)
 	o.start(pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket)
 	runReady(t, o.socket)
 	st := o.status()
-	if st.Link.Carrier != "tls" || st.Link.Way != "lanes" || !strings.Contains(st.Link.Why, "through a WebSocket at wss://"+netpair.FarAddr.String()+"/calls") {
+	if st.Link.Carrier != "tls" || st.Link.Way != "lanes" || !strings.Contains(st.Link.Why, says+"wss://"+netpair.FarAddr.String()+"/calls") {
 		t.Errorf("the link is %+v", st.Link)
 	}
 	o.media(st.Listen)
 	o.stream(st.Listen, "127.0.0.1")
 	if s := w.Stop(); s.TCP < 100 || len(s.Stray) > 0 {
-		t.Errorf("seen %+v, want TCP 443 alone, and what tries UDP 443", s)
+		t.Errorf("seen %+v, want TCP %d alone, and what tries UDP 443", s, port)
 	}
 }
 

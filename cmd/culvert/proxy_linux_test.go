@@ -129,6 +129,7 @@ func TestCallsRunThroughWhatAClinicLetsOut(t *testing.T) {
 		"a squid that asks for a password": throughSquid,
 		"a squid, and UDP beside it":       besideSquid,
 		"an nginx that passes WebSockets":  throughNginx,
+		"an nginx behind a squid":          throughSquidAndNginx,
 		"an inspector":                     throughInspection,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, bin) })

@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"culvert/cmd/internal/config"
@@ -121,8 +123,7 @@ func (o *overTCP) Dial(ctx context.Context, address string) (tunnel.Candidate, e
 		return o.inside.Dial(ctx, web)
 	}
 	c, err := o.direct.Dial(ctx, address)
-	var op *net.OpError
-	if errors.As(err, &op) && op.Op == "remote error" { // how crypto/tls names an alert
+	if err != nil && cutShort(err) {
 		err = o.whoAnswers(ctx, address, err)
 	}
 	var by *uplink.Inspected
@@ -134,6 +135,13 @@ func (o *overTCP) Dial(ctx context.Context, address string) (tunnel.Candidate, e
 	o.opened[address] = time.Now()
 	o.mu.Unlock()
 	return o.inside.Dial(ctx, web)
+}
+
+// cutShort says whether the other end has ended a handshake that it had begun.
+func cutShort(err error) bool {
+	var op *net.OpError
+	alert := errors.As(err, &op) && op.Op == "remote error" // how crypto/tls names one
+	return alert || errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
 }
 
 // whoAnswers returns what the certificate says of what has refused the tunnel's

@@ -193,6 +193,9 @@ func (p *HTTPProxy) check() error {
 	case isURL && scheme != "http" && scheme != "https":
 		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy.pac: %.60q is neither a file nor an http or https URL", p.PAC)
 	}
+	if strings.Contains(p.User, ":") { // RFC 7617 §2
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy.user: a user name can not hold a colon")
+	}
 	if (p.User == "") != (p.PasswordFile == "") {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: it needs both user and password_file, or neither")
 	}
