@@ -10,8 +10,8 @@
 // inside), NTLM (NTLMv2), Digest and Basic.
 //
 // It promises that what a proxy answers is bounded in bytes, and in time by the
-// context; that a password goes to no proxy before that has asked for it, by no
-// weaker scheme than the best that it offers, and into no error and no log; and
+// context; that a password goes to no proxy before that has asked for it, by the
+// best scheme that it offers and goes on with, and into no error and no log; and
 // that a password which was rejected is not sent again for ten minutes, unless it
 // has changed: directories lock accounts that guess.
 //

@@ -15,7 +15,7 @@ import (
 
 // inside makes both ends of carriers inside WebSockets, which come by the port of
 // those that are not.
-func inside(t *testing.T) (Config, func(t *testing.T) (client, server tunnel.Candidate)) {
+func inside(t testing.TB) (Config, func(t testing.TB) (client, server tunnel.Candidate)) {
 	client, server := both(t)
 	web, err := websocket.NewListener(websocket.ListenConfig{Timeout: patience})
 	if err != nil {
@@ -42,8 +42,8 @@ func inside(t *testing.T) (Config, func(t *testing.T) (client, server tunnel.Can
 	}
 	client.Dial = wd.Dial
 	d := dialer(t, client)
-	return client, func(t *testing.T) (tunnel.Candidate, tunnel.Candidate) {
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
+	return client, func(t testing.TB) (tunnel.Candidate, tunnel.Candidate) {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		near, err := d.Dial(ctx, "wss://"+around.Addr().String()+websocket.DefaultPath)
 		if err != nil {
@@ -60,7 +60,7 @@ func inside(t *testing.T) (Config, func(t *testing.T) (client, server tunnel.Can
 func TestTLSInsideAWebSocketPassesTheExam(t *testing.T) {
 	tunneltest.Exam(t, func(t *testing.T) tunneltest.Setup {
 		client, pair := inside(t)
-		return tunneltest.Setup{Pair: pair, Key: client.TLS.Certificates[0].Leaf.PublicKey.(ed25519.PublicKey), Lanes: true}
+		return tunneltest.Setup{Pair: func(t *testing.T) (tunnel.Candidate, tunnel.Candidate) { return pair(t) }, Key: client.TLS.Certificates[0].Leaf.PublicKey.(ed25519.PublicKey), Lanes: true}
 	})
 }
 
