@@ -40,9 +40,11 @@ func (d *Dialer) through(ctx context.Context, network, address string, proxy *ur
 	if err != nil {
 		return nil, err
 	}
-	if err := d.rejectedBefore(proxy, cred); err != nil {
+	done, err := d.await(ctx, proxy, cred)
+	if err != nil {
 		return nil, err
 	}
+	defer done()
 	l := login{proxy: proxy, address: address, cred: cred}
 	if d.cfg.Ticket != nil {
 		l.ticket = func() ([]byte, error) { return d.cfg.Ticket(ctx, proxy.Hostname()) }
@@ -64,9 +66,7 @@ func (d *Dialer) through(ctx context.Context, network, address string, proxy *ur
 		}
 		res, err := t.ask(address, field)
 		if err == nil && res.StatusCode/100 == 2 {
-			if l.method != nil {
-				d.accepted(proxy, l.method)
-			}
+			d.accepted(proxy, l.method)
 			return t.over()
 		}
 		switch {
@@ -183,9 +183,36 @@ func (d *Dialer) remembered(proxy *url.URL) (m *method, count int) {
 	return m, count
 }
 
+// await waits until a password may be sent, and returns what to call when the
+// proxy has judged it. Many connections at once with one that is wrong now would
+// be as many failures of the account.
+func (d *Dialer) await(ctx context.Context, proxy *url.URL, c credentials) (done func(), err error) {
+	var turn chan struct{}
+	proven := false
+	d.learn(proxy, func(k *known) { turn, proven = k.turn, time.Since(k.proven) < provenFor })
+	done = func() {}
+	if c.user != "" && !proven {
+		select {
+		case turn <- struct{}{}:
+			done = func() { <-turn }
+		case <-ctx.Done():
+			return nil, unanswered(proxy, "the cloud proxy", ctx.Err())
+		}
+	}
+	if err := d.rejectedBefore(proxy, c); err != nil {
+		done()
+		return nil, err
+	}
+	return done, nil
+}
+
+// accepted remembers what a proxy accepted; nil: it asked for nothing.
 func (d *Dialer) accepted(proxy *url.URL, m *method) {
 	d.learn(proxy, func(k *known) {
-		k.rejected = rejection{}
+		k.rejected, k.proven = rejection{}, time.Now()
+		if m == nil {
+			return
+		}
 		if k.method == nil || k.method.digest != m.digest || k.method.scheme != m.scheme {
 			m.count = 1
 			k.method = m

@@ -18,6 +18,9 @@ const (
 	badFor = time.Minute
 	// rejectedFor is how long a password that a proxy has rejected is not sent again.
 	rejectedFor = 10 * time.Minute
+	// provenFor is how long a password that was accepted is taken to be good: then
+	// several connections may send it at once, else one after the other.
+	provenFor = time.Minute
 )
 
 // A Chooser names the ways to an address (HOST:PORT), best first. A nil URL is
@@ -54,6 +57,8 @@ type Dialer struct {
 type known struct {
 	bad      time.Time // could not be reached then
 	method   *method   // what it accepted last; nil: not known, or it asks for nothing
+	proven   time.Time // when
+	turn     chan struct{}
 	rejected rejection
 }
 
@@ -177,7 +182,7 @@ func (d *Dialer) learn(proxy *url.URL, f func(*known)) {
 	defer d.mu.Unlock()
 	k := d.known[proxy.Host]
 	if k == nil {
-		k = &known{}
+		k = &known{turn: make(chan struct{}, 1)}
 		d.known[proxy.Host] = k
 	}
 	f(k)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -188,6 +189,24 @@ func TestARejectedPasswordIsNotSentAgainUntilItChanges(t *testing.T) {
 				t.Errorf("with the right password: %v", err)
 			}
 		})
+	}
+}
+
+// Many failures at once would lock the account.
+func TestConnectionsAtOnceSendAWrongPasswordOnce(t *testing.T) {
+	p := newProxy(t, basic)
+	d := dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, "wrong")})
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			if _, err := d.Dial(t.Context(), "tcp", target); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if said, _ := p.heard(); !slices.Equal(begins(said), []string{"", "Basic"}) {
+		t.Errorf("the proxy heard %q", begins(said))
 	}
 }
 
