@@ -213,7 +213,7 @@ func (d *Dialer) accepted(proxy *url.URL, m *method) {
 		if m == nil {
 			return
 		}
-		if k.method == nil || k.method.digest != m.digest || k.method.scheme != m.scheme {
+		if k.method == nil || k.method.digest != m.digest || k.method.scheme != m.scheme || k.method.ticket != m.ticket {
 			m.count = 1
 			k.method = m
 		}
