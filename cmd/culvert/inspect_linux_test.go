@@ -268,7 +268,7 @@ func throughInspection(t *testing.T, bin string) {
 	run()
 	runReady(t, o.socket)
 	st := o.status()
-	if !strings.Contains(st.Link.Why, fmt.Sprintf("a WebSocket at wss://%s:443/culvert", netpair.FarAddr)) {
+	if !strings.Contains(st.Link.Why, fmt.Sprintf("a WebSocket at wss://%s:443/culvert (TLS by a certificate of \"Clinic Inspection CA\")", netpair.FarAddr)) {
 		t.Errorf("the link is %+v", st.Link)
 	}
 	o.media(st.Listen)

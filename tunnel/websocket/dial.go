@@ -57,6 +57,7 @@ func (d *Dialer) Dial(ctx context.Context, network, address string) (net.Conn, e
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%q is no address of a WebSocket", address)
 	}
 	var below layered
+	var issuer string
 	secured := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		conn, err := d.cfg.Dial(ctx, network, to.String())
 		if err != nil {
@@ -75,6 +76,7 @@ func (d *Dialer) Dial(ctx context.Context, network, address string) (net.Conn, e
 			conn.Close()
 			return nil, err
 		}
+		issuer = outer.ConnectionState().PeerCertificates[0].Issuer.CommonName
 		return outer, nil
 	}
 	transport := &http.Transport{DialTLSContext: secured, MaxResponseHeaderBytes: maxHead, DisableKeepAlives: true}
@@ -88,11 +90,13 @@ func (d *Dialer) Dial(ctx context.Context, network, address string) (net.Conn, e
 	if err != nil {
 		return nil, dialError(u, res, err)
 	}
-	return newConn(ws, below, through(below, u)), nil
+	return newConn(ws, below, through(below, u, issuer)), nil
 }
 
-func through(below layered, u *url.URL) string {
-	via := "a WebSocket at " + u.String()
+// through says what the connection goes through: also by whose certificate the
+// outer TLS ends, which need not be where one thinks.
+func through(below layered, u *url.URL, issuer string) string {
+	via := fmt.Sprintf("a WebSocket at %s (TLS by a certificate of %.80q)", u, issuer)
 	if p, ok := below.(interface{ Via() string }); ok && p.Via() != "" {
 		via = p.Via() + ", and " + via
 	}
