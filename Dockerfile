@@ -24,7 +24,7 @@ FROM scratch
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build --chown=65532:65532 /root-of-image/ /
 # Without --chown, which would take the file capability away.
-COPY --from=build /out/culvert /out/culvert-cloudproxy /usr/bin/
+COPY --from=build /out/culvert /out/culvert-cloudproxy /out/culvert-pac /usr/bin/
 # A number, not a name: there is no /etc/passwd here, and Kubernetes can tell that it is not root.
 USER 65532:65532
 ENV PATH=/usr/bin

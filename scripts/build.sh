@@ -16,5 +16,5 @@ mkdir -p "$out"
 # urfave_cli_no_docs leaves the manual page generator out of the product.
 CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags urfave_cli_no_docs \
 	-ldflags "-s -w -X main.version=$version" -o "$out/" \
-	./cmd/culvert ./cmd/culvert-cloudproxy ./cmd/culvert-demo
+	./cmd/culvert ./cmd/culvert-cloudproxy ./cmd/culvert-pac ./cmd/culvert-demo
 printf 'built %s in %s\n' "$version" "$out"

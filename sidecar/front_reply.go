@@ -30,7 +30,7 @@ func frontReply(err error) (socks byte, status int) {
 	case tunnel.ProxyStopped:
 		return socksNotAllowed, http.StatusServiceUnavailable
 	case tunnel.NetworkUnreachable, tunnel.CloudUnreachable, tunnel.UDPBlocked,
-		tunnel.CertificateUntrusted, tunnel.VersionMismatch,
+		tunnel.CertificateUntrusted, tunnel.TLSIntercepted, tunnel.ProxyAuthRequired, tunnel.VersionMismatch,
 		tunnel.TokenExpired, tunnel.TokenRejected, tunnel.SessionExpired, tunnel.SessionUnknown:
 		return socksNetworkUnreachable, http.StatusBadGateway
 	case tunnel.HostUnreachable, tunnel.NameUnresolved:

@@ -17,6 +17,36 @@ import (
 	"culvert/tunnel"
 )
 
+func TestAddressesOfCloudProxies(t *testing.T) {
+	for text, want := range map[string]string{ // HOST:PORT and the URL's path
+		"cloud.example.net:443":                  "cloud.example.net:443",
+		"192.0.2.1:8443":                         "192.0.2.1:8443",
+		"wss://cloud.example.net":                "cloud.example.net:443 ",
+		"wss://cloud.example.net/a/b":            "cloud.example.net:443 /a/b",
+		"wss://[2001:db8::1]:8443/a":             "[2001:db8::1]:8443 /a",
+		"cloud.example.net":                      "",
+		"ws://cloud.example.net/a":               "",
+		"https://cloud.example.net/a":            "",
+		"wss:///a":                               "",
+		"wss://user:secret@host/a":               "",
+		"wss://host/a?b":                         "",
+		"wss://host:0/a":                         "",
+		"wss://host/" + strings.Repeat("a", 600): "",
+	} {
+		to, u, err := tunnel.ParseAddress(text)
+		got := ""
+		if err == nil {
+			got = to.String()
+		}
+		if u != nil && err == nil {
+			got += " " + u.Path
+		}
+		if got != want || err != nil && (tunnel.CodeOf(err) != tunnel.ConfigInvalid || len(err.Error()) > 250) {
+			t.Errorf("%.60s is %q (%v), want %q", text, got, err, want)
+		}
+	}
+}
+
 func TestAnErrorIsItsCodeAndItsCause(t *testing.T) {
 	cause := fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
 	err := error(tunnel.Errorf(tunnel.CloudUnreachable, "nothing listens at %s: %w", "192.0.2.1:443", cause))

@@ -32,10 +32,12 @@ const (
 	UDPReturned          Code = "udp_returned"     // UDP passes again
 	PolicyDenied         Code = "policy_denied"
 	PolicyInvalid        Code = "policy_invalid"
+	ProxyAuthRequired    Code = "proxy_auth_required" // an HTTP proxy on the way wants a password, or another one
 	ProxyStopped         Code = "proxy_stopped"
 	QuotaExceeded        Code = "quota_exceeded"
 	SessionExpired       Code = "session_expired"
 	SessionUnknown       Code = "session_unknown"
+	TLSIntercepted       Code = "tls_intercepted" // something on the way shows a certificate of its own for the cloud proxy
 	TokenExpired         Code = "token_expired"
 	TokenRejected        Code = "token_rejected"
 	UDPBlocked           Code = "udp_blocked"

@@ -64,7 +64,7 @@ type LinkState struct {
 	Code    Code           `json:"code,omitempty"`    // the failure's code while connecting after one
 	Refused bool           `json:"refused,omitempty"` // the failure was a refusal, not an absence: somebody has to do something
 	Session string         `json:"session,omitempty"`
-	Remote  netip.AddrPort `json:"remote,omitzero"` // the cloud proxy in use
+	Remote  netip.AddrPort `json:"remote,omitzero"` // the cloud proxy in use, or the proxy on the way to it
 	Info    ProxyInfo      `json:"proxy_information,omitzero"`
 	Change  *Change        `json:"-"`                 // what has just happened; nil: only the state is told
 	Took    time.Duration  `json:"took_ns,omitempty"` // from the beginning of the attempt that succeeded to up

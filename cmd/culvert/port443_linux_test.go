@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"encoding/binary"
 	"encoding/json"
 	"io"
@@ -66,17 +65,22 @@ func newOnly443Named(t *testing.T, bin string, pair *netpair.Pair, host string, 
 	}
 	o.echo()
 	o.clouds = append(o.clouds, o.start(o.pair.Far, cloud, "run", "-c", filepath.Join(o.dir, "cloudproxy.yaml")))
-	at := netip.AddrPortFrom(netpair.FarAddr, 443).String()
-	runEventually(t, "the cloud proxy listens", func() bool {
-		return o.pair.Far.Do(func() error {
-			c, err := net.Dial("tcp4", at)
+	farAnswers(t, pair, netip.MustParseAddrPort("127.0.0.1:443"))
+	return o
+}
+
+// farAnswers waits until something listens at the far end.
+func farAnswers(t *testing.T, pair *netpair.Pair, at netip.AddrPort) {
+	t.Helper()
+	runEventually(t, at.String()+" answers", func() bool {
+		return pair.Far.Do(func() error {
+			c, err := net.Dial("tcp4", at.String())
 			if err == nil {
 				c.Close()
 			}
 			return err
 		}) == nil
 	})
-	return o
 }
 
 // start starts a program whose log is shown when the test has failed.
@@ -222,13 +226,7 @@ func (o *only443) stray() {
 // What a strict firewall lets through is all that passes between the two ends:
 // UDP 443 and TCP 443, and in the modes udp and tcp one of the two.
 func TestOnlyPort443PassesBetweenTheTwoEnds(t *testing.T) {
-	netpair.New(t) // skips before anything is built
-	bin := t.TempDir()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*runPatience)
-	defer cancel()
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	for mode, want := range map[string]struct {
 		carrier, way []string
 		only         string // the one protocol that may be seen; "": both may

@@ -40,6 +40,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(runAsCulvert) != "" {
 		main()
 	}
+	// Those of the machine are not meant for the networks that tests make.
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
+		os.Unsetenv(name)
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -41,6 +41,12 @@ func BenchmarkBulk(b *testing.B) {
 		s, r := benchStream(b)
 		move(b, s, r, func() { s.CloseWrite() })
 	})
+	b.Run("stream inside a WebSocket", func(b *testing.B) {
+		_, pair := inside(b)
+		near, far := pair(b)
+		s, r := streamOf(b, near, far)
+		move(b, s, r, func() { s.CloseWrite() })
+	})
 	b.Run("bare", func(b *testing.B) {
 		w, r := bareTLS(b)
 		move(b, w, r, func() { w.CloseWrite() })
@@ -50,6 +56,10 @@ func BenchmarkBulk(b *testing.B) {
 func benchStream(b *testing.B) (near, far tunnel.Stream) {
 	client, server := both(b)
 	cc, sc := meet(b, dialer(b, client), listen(b, server))
+	return streamOf(b, cc, sc)
+}
+
+func streamOf(b *testing.B, cc, sc tunnel.Candidate) (near, far tunnel.Stream) {
 	c, err := cc.Carrier()
 	if err != nil {
 		b.Fatal(err)

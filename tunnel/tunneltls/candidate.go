@@ -99,6 +99,14 @@ func (c *candidate) RemoteAddr() netip.AddrPort { return addrPort(c.link.RemoteA
 
 func (c *candidate) Kind() string { return kind }
 
+// Via says what the connection goes through, for people; "": nothing.
+func (c *candidate) Via() string {
+	if through, ok := c.link.gather.Conn.(interface{ Via() string }); ok {
+		return through.Via()
+	}
+	return ""
+}
+
 func (c *candidate) Close() error {
 	if c.over.Swap(true) {
 		return nil

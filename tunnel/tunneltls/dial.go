@@ -3,7 +3,6 @@ package tunneltls
 import (
 	"context"
 	"crypto/tls"
-	"net"
 
 	"culvert/tunnel"
 )
@@ -25,29 +24,32 @@ func NewDialer(cfg Config) (*Dialer, error) {
 // Kind returns "tls".
 func (d *Dialer) Kind() string { return kind }
 
-// Dial connects to HOST:PORT within Config.HandshakeTimeout. Where Config.TLS
-// names no server, HOST is the name to verify and to send as SNI.
+// Dial connects to HOST:PORT, or to a URL where Config.Dial knows how, within
+// Config.HandshakeTimeout. Where Config.TLS names no server, HOST is the name to
+// verify and to send as SNI.
 func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, error) {
-	host, _, err := net.SplitHostPort(address)
+	to, _, err := tunnel.ParseAddress(address)
 	if err != nil {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%q is not HOST:PORT", address)
+		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, d.cfg.HandshakeTimeout)
-	defer cancel()
-	raw, err := d.cfg.Dial(ctx, "tcp", address)
-	if err != nil {
-		return nil, dialError(address, err)
-	}
-	tune(raw)
 	conf := d.cfg.TLS
 	if conf.ServerName == "" {
 		conf = conf.Clone()
-		conf.ServerName = host
+		if conf.ServerName = to.Host; to.Host == "" {
+			conf.ServerName = to.Addr.String()
+		}
 	}
-	g := &gather{Conn: raw, timeout: d.cfg.WriteTimeout}
+	ctx, cancel := context.WithTimeout(ctx, d.cfg.HandshakeTimeout)
+	defer cancel()
+	below, err := d.cfg.Dial(ctx, "tcp", address)
+	if err != nil {
+		return nil, dialError(address, err)
+	}
+	raw, g := newGather(below, d.cfg.WriteTimeout)
+	tune(raw)
 	conn := tls.Client(g, conf)
 	if err := conn.HandshakeContext(ctx); err != nil {
-		raw.Close()
+		below.Close()
 		return nil, dialError(address, err)
 	}
 	return &candidate{link: &link{Conn: conn, raw: raw, client: true, gather: g}, cfg: &d.cfg}, nil

@@ -12,11 +12,22 @@ import (
 type gather struct {
 	net.Conn
 	timeout time.Duration // Config.WriteTimeout
+	layered Layered       // Conn where it is not TCP itself; else nil
 
 	mu   sync.Mutex // the reading side of TLS writes too: alerts, key updates
 	held bool
 	buf  []byte
 	sent uint64 // bytes that TCP was given
+}
+
+// newGather returns the TCP connection of conn, and what TLS is to write to.
+func newGather(conn net.Conn, timeout time.Duration) (raw net.Conn, g *gather) {
+	g = &gather{Conn: conn, timeout: timeout}
+	if layered, ok := conn.(Layered); ok {
+		g.layered = layered
+		return layered.TCP(), g
+	}
+	return conn, g
 }
 
 func (g *gather) Write(p []byte) (int, error) {
@@ -49,6 +60,9 @@ func (g *gather) release() error {
 
 // total is how many bytes TCP was given since the connection began.
 func (g *gather) total() uint64 {
+	if g.layered != nil {
+		return g.layered.Sent()
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.sent

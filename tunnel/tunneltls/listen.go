@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -116,26 +117,40 @@ func (l *listener) serve() {
 }
 
 // admit takes one connection to the point where Accept has returned it.
-func (l *listener) admit(raw net.Conn) {
+func (l *listener) admit(conn net.Conn) {
 	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
 	defer cancel()
-	c, err := l.handshake(ctx, raw)
+	c, err := l.handshake(ctx, conn)
 	if err != nil {
-		raw.Close()
-		l.cfg.Log.Debug("a TLS handshake failed", "from", raw.RemoteAddr(), "err", err)
+		conn.Close()
+		l.cfg.Log.Debug("a TLS handshake failed", "from", conn.RemoteAddr(), "err", err)
+		return
+	}
+	if l.cfg.Other != nil && !slices.Contains(l.cfg.TLS.NextProtos, c.link.ConnectionState().NegotiatedProtocol) {
+		l.cfg.Other(other{c.link})
 		return
 	}
 	select {
 	case l.ready <- c:
 	case <-ctx.Done():
-		raw.Close()
+		conn.Close()
 	}
 }
 
-func (l *listener) handshake(ctx context.Context, raw net.Conn) (*candidate, error) {
+// other is a connection that is not for this listener's candidates.
+type other struct{ *link }
+
+func (o other) TCP() net.Conn { return o.raw }
+func (o other) Sent() uint64  { return o.gather.total() }
+func (o other) Close() error  { return o.shut() }
+
+var _ Layered = other{}
+
+func (l *listener) handshake(ctx context.Context, conn net.Conn) (*candidate, error) {
+	raw, g := newGather(conn, l.cfg.WriteTimeout)
 	tune(raw)
 	broken := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
-	hello, err := readHello(raw)
+	hello, err := readHello(conn)
 	if !broken() || err != nil {
 		return nil, errors.Join(ctx.Err(), err)
 	}
@@ -145,12 +160,12 @@ func (l *listener) handshake(ctx context.Context, raw net.Conn) (*candidate, err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	g := &gather{Conn: &replay{Conn: raw, first: hello}, timeout: l.cfg.WriteTimeout}
-	conn := tls.Server(g, l.cfg.TLS)
-	if err := conn.HandshakeContext(ctx); err != nil {
+	g.Conn = &replay{Conn: conn, first: hello}
+	secured := tls.Server(g, l.cfg.TLS)
+	if err := secured.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
-	return &candidate{link: &link{Conn: conn, raw: raw, gather: g}, cfg: &l.cfg}, nil
+	return &candidate{link: &link{Conn: secured, raw: raw, gather: g}, cfg: &l.cfg}, nil
 }
 
 // readHello reads the first TLS record. What does not begin as a handshake

@@ -225,5 +225,7 @@ func (l *link) reset() error {
 	if c, ok := l.raw.(*net.TCPConn); ok {
 		c.SetLinger(0)
 	}
-	return l.raw.Close()
+	err := l.raw.Close()
+	l.gather.Conn.Close() // where it is more than that
+	return err
 }

@@ -121,7 +121,7 @@ func (p *path) keepLanes(ctx context.Context) {
 			go func() {
 				limit := laneDial
 				if c != nil {
-					limit += 4 * c.Stats().RTT
+					limit += 4*c.Stats().RTT + p.detour()
 				}
 				ctx, cancel := context.WithTimeoutCause(inner, limit, tunnel.Errorf(tunnel.CloudUnreachable, "a lane to the cloud proxy took longer than %v", limit.Round(time.Millisecond)))
 				defer cancel()

@@ -63,11 +63,11 @@ func (u *Uplink) hear(from string, all []tunnel.ProxyAddr) {
 // credible says whether a cloud proxy may send sidecars to an address. One that
 // is reached over the network has nothing to say of this machine, or of its link.
 func credible(from, to string) error {
-	t, err := tunnel.ParseTarget(to)
+	t, _, err := tunnel.ParseAddress(to)
 	if err != nil {
 		return err
 	}
-	f, _ := tunnel.ParseTarget(from)
+	f, _, _ := tunnel.ParseAddress(from)
 	local := func(t tunnel.Target) bool {
 		a := t.Addr.Unmap()
 		if !a.IsValid() {

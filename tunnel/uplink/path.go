@@ -64,6 +64,7 @@ type path struct {
 	renew   int            // attempts left to join anew while the carrier serves
 	remote  netip.AddrPort // of the carrier
 	network string         // by which the carrier was reached when it was joined
+	took    time.Duration  // to join, where the carrier goes through a proxy; else 0
 	told    bool           // that it was lost
 }
 
@@ -149,6 +150,14 @@ func (p *path) reached() netip.AddrPort {
 		return netip.AddrPort{}
 	}
 	return p.remote
+}
+
+// detour is what the way through a proxy takes, whose length no round trip shows:
+// TCP's is that of the way to the proxy. 0: there is none.
+func (p *path) detour() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.took
 }
 
 // serving returns the carrier, nil where there is none, whether the path is
@@ -357,10 +366,14 @@ func (p *path) serve(ctx context.Context, g *granted, joined func()) (c tunnel.C
 	}
 	remote := g.cand.RemoteAddr()
 	network := p.run.u.cfg.Network(remote)
+	took := g.took
+	if via(g.cand) == "" {
+		took = 0
+	}
 	p.mu.Lock()
 	again := p.told
 	p.carrier, p.since, p.leave, p.failed, p.worked = c, time.Now(), nil, nil, true
-	p.remote, p.network, p.renew = remote, network, 0
+	p.remote, p.network, p.took, p.renew = remote, network, took, 0
 	p.mu.Unlock()
 	joined()
 	if again {

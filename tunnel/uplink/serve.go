@@ -36,6 +36,7 @@ type granted struct {
 	address string // of the cloud proxy that was asked
 	why     string // why this kind of connection
 	token   string // the session's
+	took    time.Duration
 }
 
 // A run is one session, from its Welcome to its end: it keeps the paths that
@@ -141,9 +142,10 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 		u: u, at: u.Prepare(g.welcome), adopt: takesOver, welcome: g.welcome, address: g.welcome.Address, mode: mode, token: g.token,
 		news: make(chan struct{}, 1), over: make(chan error, 1),
 	}
-	if r.named = g.address; r.address == "" {
-		r.address = g.address
+	if _, u, _ := tunnel.ParseAddress(g.address); r.address == "" || u != nil {
+		r.address = g.address // by WebSocket: the address behind it can not be reached by TCP
 	}
+	r.named = g.address
 	r.move = mover{found: make(chan *granted, 1)}
 	if takesOver == nil {
 		r.at.Adopt()
@@ -645,7 +647,12 @@ func (r *run) describe(o orders) *tunnel.LinkState {
 
 // join joins one more connection to the session.
 func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, error) {
-	cand, err := d.Dial(ctx, r.address)
+	address := r.address
+	if own := r.welcome.Address; d.Kind() == "quic" && own != "" {
+		address = own // not by what passes WebSockets on, if at all
+	}
+	began := time.Now()
+	cand, err := d.Dial(ctx, address)
 	if err != nil {
 		return nil, err
 	}
@@ -665,5 +672,5 @@ func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, e
 		cand.Close()
 		return nil, err
 	}
-	return &granted{cand: cand, welcome: *m.Welcome, address: r.address}, nil
+	return &granted{cand: cand, welcome: *m.Welcome, address: r.address, took: time.Since(began)}, nil
 }

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"math/big"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -66,6 +67,14 @@ func (a *authority) server(t *testing.T, name string) tls.Certificate {
 	}
 	c := a.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}}, a.cert, key)
 	return tls.Certificate{Certificate: [][]byte{c.Raw}, PrivateKey: key, Leaf: c}
+}
+
+// ownSigned returns a certificate as init makes it.
+func ownSigned(t *testing.T, name string) tls.Certificate {
+	t.Helper()
+	a := newAuthority(t, "")
+	c := a.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}}, nil, a.key)
+	return tls.Certificate{Certificate: [][]byte{c.Raw}, PrivateKey: a.key, Leaf: c}
 }
 
 func (a *authority) pool() *x509.CertPool {
@@ -144,14 +153,18 @@ func TestWhomTheSidecarTrusts(t *testing.T) {
 		conf    TLSConfig
 		shown   tls.Certificate
 		trusted bool
-		words   []string // in the error
+		words   []string // in the error; tls_intercepted where it mentions trust_interception
 	}{
 		"its pin, whoever signed it":             {TLSConfig{Pins: []string{pin}}, good, true, nil},
 		"its pin, with roots that do not know":   {TLSConfig{Pins: []string{pin}, Roots: foreign.pool()}, good, true, nil},
 		"one of two pins":                        {TLSConfig{Pins: []string{other, pin}}, good, true, nil},
 		"its pin under another name":             {TLSConfig{Pins: []string{pin}, ServerName: "another.example.net"}, good, true, nil},
-		"another pin":                            {TLSConfig{Pins: []string{other}}, good, false, []string{"Our CA", pin, "pinned"}},
-		"an inspected path, though roots say so": {TLSConfig{Pins: []string{pin}, Roots: foreign.pool()}, inspected, false, []string{"Inspecting Firewall", tunnel.Pin(inspected.Leaf), "inspects TLS"}},
+		"another pin":                            {TLSConfig{Pins: []string{other}}, good, false, []string{"Our CA", pin, "pinned", "trust_interception"}},
+		"another key, by itself":                 {TLSConfig{Pins: []string{other}}, ownSigned(t, serverName), false, []string{"pinned", "new key"}},
+		"a portal of another name":               {TLSConfig{Pins: []string{other}}, foreign.server(t, "portal.example.net"), false, []string{"Inspecting Firewall", "something else answers"}},
+		"an inspector that is trusted":           {TLSConfig{Pins: []string{pin}, Roots: foreign.pool(), Inspectors: []string{"Inspecting Firewall"}}, inspected, false, []string{"trust_interception"}},
+		"an inspected path, though roots say so": {TLSConfig{Pins: []string{pin}, Roots: foreign.pool()}, inspected, false, []string{"Inspecting Firewall", tunnel.Pin(inspected.Leaf), "opens TLS", "trust_interception"}},
+		"an inspector whose authority is absent": {TLSConfig{Pins: []string{pin}, Roots: ours.pool(), Inspectors: []string{"Inspecting Firewall"}}, inspected, false, []string{"trust_interception", "ca_file"}},
 		"no pin, its own roots":                  {TLSConfig{Roots: ours.pool()}, good, true, nil},
 		"no pin, other roots":                    {TLSConfig{Roots: foreign.pool()}, good, false, nil},
 		"no pin, the system's roots":             {TLSConfig{}, good, false, nil},
@@ -170,8 +183,16 @@ func TestWhomTheSidecarTrusts(t *testing.T) {
 			if (err == nil) != c.trusted {
 				t.Fatalf("handshake: %v, want trusted: %v", err, c.trusted)
 			}
-			if len(c.conf.Pins) > 0 && !c.trusted && !errors.Is(err, tunnel.CertificateUntrusted) {
-				t.Errorf("%v has not the code certificate_untrusted", err)
+			want := tunnel.CertificateUntrusted
+			if slices.Contains(c.words, "trust_interception") {
+				want = tunnel.TLSIntercepted
+			}
+			if len(c.conf.Pins) > 0 && !c.trusted && !errors.Is(err, want) {
+				t.Errorf("%v has not the code %s", err, want)
+			}
+			var by *Inspected
+			if errors.As(err, &by) && by.Trusted != (name == "an inspector that is trusted") {
+				t.Errorf("%v is trusted: %v", by, by.Trusted)
 			}
 			for _, w := range c.words {
 				if !strings.Contains(err.Error(), w) {
@@ -179,6 +200,30 @@ func TestWhomTheSidecarTrusts(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestWhomTheOuterTLSTrusts(t *testing.T) {
+	ours, foreign := newAuthority(t, "Our CA"), newAuthority(t, "Inspecting Firewall")
+	own := ownSigned(t, serverName)
+	conf := TLSConfig{Pins: []string{tunnel.Pin(own.Leaf)}, Roots: ours.pool()}
+	for name, c := range map[string]struct {
+		shown tls.Certificate
+		want  tunnel.Code
+	}{
+		"the cloud proxy's own":           {own, ""},
+		"a load balancer's, of our CA":    {ours.server(t, serverName), ""},
+		"one of our CA, for another name": {ours.server(t, "other.example.net"), tunnel.CertificateUntrusted},
+		"one of a CA that is not ours":    {foreign.server(t, serverName), tunnel.TLSIntercepted},
+		"another that has signed itself":  {ownSigned(t, serverName), tunnel.CertificateUntrusted},
+	} {
+		outer := OuterTLS(conf)
+		outer.ServerName = serverName
+		server := serverTLS(c.shown)
+		server.ClientAuth = tls.NoClientCert
+		if _, err := handshake(t, outer, server); tunnel.CodeOf(err) != c.want {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 
 // Config is what an uplink needs.
 type Config struct {
-	Proxies   []string                  // cloud proxies as HOST:PORT, in order of preference; at least one
+	Proxies   []string                  // cloud proxies as tunnel.ParseAddress reads them, in order of preference; at least one
 	QUIC, TLS tunnel.Dialer             // one may be nil
 	Open      func() (wire.Open, error) // what to say of ourselves; asked anew each time, since tokens are renewed
 	Age       time.Duration             // how long a datagram may wait; 0: media.MaxAge
@@ -88,7 +89,7 @@ func New(cfg Config) (*Uplink, error) {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "there is no cloud proxy to connect to; set cloud_proxy.address")
 	}
 	for _, p := range cfg.Proxies {
-		if _, err := tunnel.ParseTarget(p); err != nil {
+		if _, _, err := tunnel.ParseAddress(p); err != nil {
 			return nil, err
 		}
 	}
@@ -214,9 +215,12 @@ func connecting(err error) tunnel.LinkState {
 	code := tunnel.CodeOf(err)
 	return tunnel.LinkState{
 		Phase: tunnel.LinkConnecting, Code: code, Why: tunnel.Sentence(err),
-		Refused: saidNo(err) || code == tunnel.CertificateUntrusted,
+		Refused: saidNo(err) || slices.Contains(forPeople, code),
 	}
 }
+
+// forPeople are failures on the way that only a person can mend.
+var forPeople = []tunnel.Code{tunnel.CertificateUntrusted, tunnel.TLSIntercepted, tunnel.ProxyAuthRequired}
 
 // A refusal is what a cloud proxy said, in a connection that its certificate
 // has vouched for. The same code from elsewhere proves nothing.
@@ -270,6 +274,7 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 	}
 	hello.Version, hello.Sealed, hello.Instance = wire.Current, media.PreferredAEADs(), u.instance
 	ask := wire.Message{Open: &hello}
+	began := time.Now()
 	cand, why, err := u.race(ctx, mode, address)
 	if err != nil {
 		return nil, err
@@ -299,7 +304,18 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		return nil, err
 	}
 	u.hear(address, m.Welcome.Proxies)
-	return &granted{cand, *m.Welcome, address, why, hello.Token}, nil
+	if v := via(cand); v != "" {
+		why += "; through " + v
+	}
+	return &granted{cand, *m.Welcome, address, why, hello.Token, time.Since(began)}, nil
+}
+
+// via says what a connection goes through, such as a proxy; "": nothing.
+func via(c tunnel.Candidate) string {
+	if v, ok := c.(interface{ Via() string }); ok {
+		return v.Via()
+	}
+	return ""
 }
 
 // follow opens a session where a cloud proxy has sent us.

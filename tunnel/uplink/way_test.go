@@ -232,6 +232,112 @@ func TestLanesAreOpenedForACallAndReplaced(t *testing.T) {
 	})
 }
 
+// proxied is a dialer whose connections go through a proxy, with some delay.
+type proxied struct {
+	tunnel.Dialer
+	delay time.Duration
+}
+
+func (p proxied) Dial(ctx context.Context, address string) (tunnel.Candidate, error) {
+	select {
+	case <-time.After(p.delay):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	c, err := p.Dialer.Dial(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	return beyond{c}, nil
+}
+
+type beyond struct{ tunnel.Candidate }
+
+func (beyond) Via() string { return "the proxy http://proxy:3128" }
+
+// TCP's round trip is that of the way to the proxy, and tells nothing of the rest.
+func TestLanesThroughAProxyHaveTheTimeThatTheConnectionBesideThemTook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFar(t, first)
+		defer f.end()
+		joined := f.real(0)
+		r := f.run(tunnel.ModeTCP, func(c *Config) { c.TLS = proxied{c.TLS, laneDial + 200*time.Millisecond} })
+		if s := r.up(); s.Why != "mode is tcp; through the proxy http://proxy:3128" {
+			t.Errorf("state %+v", s)
+		}
+		time.Sleep(2 * time.Second)
+		if n := joined.Load(); n != 1 {
+			t.Errorf("%d lanes are joined, want 1", n)
+		}
+		r.stop()
+	})
+}
+
+// balanced dials the first cloud proxy, whatever it is asked for, which it notes.
+type balanced struct {
+	tunnel.Dialer
+	mu sync.Mutex
+	to []string
+}
+
+func (b *balanced) Dial(ctx context.Context, address string) (tunnel.Candidate, error) {
+	b.mu.Lock()
+	b.to = append(b.to, address)
+	b.mu.Unlock()
+	return b.Dialer.Dial(ctx, first)
+}
+
+// What is reached by WebSocket is reached so in each join, whatever address it
+// names; but not by UDP.
+func TestJoinsGoToTheURLThatWasOpened(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const url = "wss://lb.example.net/cloud"
+		f := newFar(t, first)
+		defer f.end()
+		joined := f.real(0)
+		answer := f.answer
+		f.answer = func(kind, address string, m wire.Message) *wire.Message {
+			m = *answer(kind, address, m)
+			if m.Welcome != nil {
+				m.Welcome.Address = first
+			}
+			return &m
+		}
+		blocked := true // UDP
+		f.dial = func(_ context.Context, kind, _ string, _ int) error {
+			if kind == "quic" && blocked {
+				return tunnel.Errorf(tunnel.UDPBlocked, "no")
+			}
+			return nil
+		}
+		quic, tls := &balanced{}, &balanced{}
+		r := f.run(tunnel.ModeAuto, func(c *Config) {
+			quic.Dialer, tls.Dialer = c.QUIC, c.TLS
+			c.Proxies, c.QUIC, c.TLS = []string{url}, quic, tls
+		})
+		r.up()
+		time.Sleep(time.Second)
+		if n := joined.Load(); n != 1 {
+			t.Errorf("%d lanes are joined, want 1", n)
+		}
+		f.mu.Lock()
+		blocked = false
+		f.mu.Unlock()
+		for end := time.Now().Add(time.Minute); r.up().Carrier != "quic" && time.Now().Before(end); {
+			time.Sleep(100 * time.Millisecond)
+		}
+		r.stop()
+		for _, to := range tls.to {
+			if to != url {
+				t.Errorf("TLS was dialled to %s", to)
+			}
+		}
+		if last := quic.to[len(quic.to)-1]; quic.to[0] != url || last != first {
+			t.Errorf("QUIC was dialled to %s first and to %s last", quic.to[0], last)
+		}
+	})
+}
+
 func TestLanesOutliveTheConnectionBesideThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFar(t, first)

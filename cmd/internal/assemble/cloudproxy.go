@@ -25,6 +25,7 @@ import (
 	"culvert/tunnel/tunnelquic"
 	"culvert/tunnel/tunneltls"
 	"culvert/tunnel/uplink"
+	"culvert/tunnel/websocket"
 )
 
 // CloudProxyParts is what a cloud proxy is made of, with every file read.
@@ -36,6 +37,7 @@ type CloudProxyParts struct {
 	Certificate tls.Certificate
 	ResetKey    []byte // a secret; nil: none
 	ALPN        []string
+	WebSocket   config.WebSocket
 	Rules
 	Egress  egress.Config
 	Limits  session.Limits
@@ -65,6 +67,8 @@ type CloudProxy struct {
 const (
 	// defaultStreams is that of session.Limits.Streams and of sidecar.FrontConfig.MaxConns.
 	defaultStreams = 4096
+	// allUnread is that of tunneltls.Config: memory for what peers have sent and nobody reads.
+	allUnread = 512 << 20
 	// controlStreams are for what a carrier carries besides a session's streams.
 	controlStreams = 16
 )
@@ -85,7 +89,7 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 		return nil, err
 	}
 	p := CloudProxyParts{
-		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, Rules: rules,
+		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, WebSocket: c.WebSocket, Rules: rules,
 		Egress:  out,
 		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond, StreamMemory: c.Limits.StreamMemory << 20},
 		Memory:  c.Limits.TotalStreamMemory << 20,
@@ -152,9 +156,16 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	if err != nil {
 		return nil, errors.Join(err, tcp.Close(), udp.Close())
 	}
-	tl, err := tunneltls.Listen(tcp, tunneltls.Config{TLS: tlsConf, Log: p.Log, MaxStreams: streams + controlStreams, MaxAge: p.MaxWait})
+	listeners, err := listenTLS(tcp, &p, tunneltls.Config{TLS: tlsConf, Log: p.Log, MaxStreams: streams + controlStreams, MaxAge: p.MaxWait})
 	if err != nil {
 		return nil, errors.Join(err, tcp.Close(), ql.Close())
+	}
+	listeners = append(listeners, ql)
+	shut := func(err error) error {
+		for _, l := range listeners {
+			err = errors.Join(err, l.Close())
+		}
+		return err
 	}
 	c := &CloudProxy{Addr: tcp.Addr().(*net.TCPAddr).AddrPort(), quic: ql, log: p.Log, ask: make(chan struct{}, 1)}
 	c.rules.Store(&p.Rules)
@@ -163,15 +174,15 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	}
 	p.Egress.MaxAge = maxAge(p.MaxWait)
 	if c.egress, err = egress.New(p.Egress); err != nil {
-		return nil, errors.Join(err, tl.Close(), ql.Close())
+		return nil, shut(err)
 	}
 	if c.admission, err = identity.NewAdmission(p.Rules.admission()); err != nil {
-		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
+		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	c.guard = policy.NewGuard(c.egress, func(by tunnel.Peer) *policy.Policy { return c.rules.Load().of(by) })
 	c.resolve = egress.NewResolve(c.guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{
-		Listeners: []tunnel.Listener{ql, tl},
+		Listeners: listeners,
 		Authorize: func(ctx context.Context, o tunnel.Open) (cloudproxy.Grant, error) {
 			p, err := c.admission.Admit(ctx, o)
 			if err != nil {
@@ -183,9 +194,46 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
 	if err != nil {
-		return nil, errors.Join(err, tl.Close(), ql.Close(), c.egress.Close())
+		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	return c, nil
+}
+
+// listenTLS listens for what comes by TCP:
+//
+//	tcp ──► TLS ─┬─ the tunnel's ─────────────────────────► candidates
+//	             └─ HTTP's ──► WebSocket ──► TLS, inside ──► candidates
+//	plain HTTP ──────────────►
+func listenTLS(tcp net.Listener, p *CloudProxyParts, conf tunneltls.Config) ([]tunnel.Listener, error) {
+	if p.WebSocket.Path == "" {
+		l, err := tunneltls.Listen(tcp, conf)
+		return []tunnel.Listener{l}, err
+	}
+	web, err := websocket.NewListener(websocket.ListenConfig{Path: p.WebSocket.Path, Log: p.Log})
+	if err != nil {
+		return nil, err
+	}
+	if at := p.WebSocket.Listen; at != "" {
+		plain, err := net.Listen("tcp", at)
+		if err != nil {
+			web.Close()
+			return nil, cannotListen("TCP", at, err)
+		}
+		web.Serve(plain)
+	}
+	conf.AllUnread = allUnread / 2 // of each of the two
+	inside, err := tunneltls.Listen(web, conf)
+	if err != nil {
+		web.Close()
+		return nil, err
+	}
+	conf.TLS, conf.Other = cloudproxy.WithWeb(conf.TLS), web.Take
+	outside, err := tunneltls.Listen(tcp, conf)
+	if err != nil {
+		inside.Close()
+		return nil, err
+	}
+	return []tunnel.Listener{outside, inside}, nil
 }
 
 // Run serves until ctx ends and lets live calls finish, as cloudproxy.Server

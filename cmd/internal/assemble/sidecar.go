@@ -158,11 +158,14 @@ func newUplink(c *config.Sidecar, changed, renewed <-chan struct{}, log *slog.Lo
 	if _, err := c.Identity.TokenNow(); err != nil {
 		return nil, err
 	}
-	roots, err := rootsFrom(c.CloudProxy.CAFile)
+	roots, err := rootsFrom("cloud_proxy.ca_file", c.CloudProxy.CAFile)
 	if err != nil {
 		return nil, err
 	}
-	conf, err := uplink.ClientTLS(uplink.TLSConfig{Key: key, Pins: c.CloudProxy.Pin, Roots: roots, ServerName: c.CloudProxy.ServerName, ALPN: c.CloudProxy.ALPN})
+	known := uplink.TLSConfig{
+		Key: key, Pins: c.CloudProxy.Pin, Roots: roots, ServerName: c.CloudProxy.ServerName, ALPN: c.CloudProxy.ALPN, Inspectors: c.CloudProxy.TrustInterception,
+	}
+	conf, err := uplink.ClientTLS(known)
 	if err != nil {
 		return nil, err
 	}
@@ -172,12 +175,16 @@ func newUplink(c *config.Sidecar, changed, renewed <-chan struct{}, log *slog.Lo
 	if err != nil {
 		return nil, err
 	}
-	tls, err := tunneltls.NewDialer(tunneltls.Config{TLS: conf, Dial: own.dialer().DialContext, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
+	through, err := throughProxy(&c.Proxy, own.dialer())
+	if err != nil {
+		return nil, err
+	}
+	tcp, err := newOverTCP(through.Dial, known, tunneltls.Config{TLS: conf, Log: log, MaxStreams: max(c.Front.MaxConnections, defaultStreams) + controlStreams, MaxAge: maxWait})
 	if err != nil {
 		return nil, err
 	}
 	return uplink.New(uplink.Config{
-		Proxies: c.CloudProxy.Address, QUIC: quic, TLS: tls, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed, Renewed: renewed,
+		Proxies: c.CloudProxy.Address, QUIC: hostAlone{quic}, TLS: tcp, Age: maxWait, Lanes: tunneltls.Lanes(), Log: log, Network: network, Changed: changed, Renewed: renewed,
 		Open: func() (wire.Open, error) {
 			token, err := c.Identity.TokenNow()
 			return wire.Open{App: c.Identity.App, Token: token, Region: c.Identity.Region, Operator: c.Identity.Operator}, err
@@ -201,20 +208,20 @@ func network(to netip.AddrPort) string {
 func maxAge(wait time.Duration) time.Duration { return cmp.Or(wait, media.MaxAge) * 2 / 3 }
 
 // rootsFrom adds a file's certificates to the system's. nil: the system's alone.
-func rootsFrom(file string) (*x509.CertPool, error) {
+func rootsFrom(key, file string) (*x509.CertPool, error) {
 	if file == "" {
 		return nil, nil
 	}
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "cloud_proxy.ca_file: %s can not be read: %w", file, errors.Unwrap(err))
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s: %s can not be read: %w", key, file, errors.Unwrap(err))
 	}
 	pool, err := x509.SystemCertPool()
 	if err != nil {
 		pool = x509.NewCertPool()
 	}
 	if !pool.AppendCertsFromPEM(text) {
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "cloud_proxy.ca_file: %s holds no certificate in PEM", file)
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s: %s holds no certificate in PEM", key, file)
 	}
 	return pool, nil
 }

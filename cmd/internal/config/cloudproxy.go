@@ -4,6 +4,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"strings"
 
 	"culvert/policy"
 	"culvert/tunnel"
@@ -18,6 +19,7 @@ type CloudProxy struct {
 	Certificate Certificate   `yaml:"certificate"`
 	ResetKey    string        `yaml:"reset_key_file,omitempty"` // lets sidecars notice a restart at once
 	ALPN        List          `yaml:"alpn,omitempty"`
+	WebSocket   WebSocket     `yaml:"websocket,omitempty"`
 	Tokens      Tokens        `yaml:"tokens"`
 	Apps        []App         `yaml:"apps,omitempty"` // the App IDs served; empty: any that a token names
 	Policy      policy.Config `yaml:"policy"`
@@ -32,8 +34,14 @@ type CloudProxy struct {
 
 // Proxy is one of several cloud proxies that serve the same sidecars.
 type Proxy struct {
-	Address string `yaml:"address"` // HOST:PORT
+	Address string `yaml:"address"` // HOST:PORT or wss://HOST/PATH
 	Region  string `yaml:"region,omitempty"`
+}
+
+// WebSocket is where sidecars come that are let through as HTTP alone.
+type WebSocket struct {
+	Path   string `yaml:"path,omitempty"`   // empty: nowhere
+	Listen string `yaml:"listen,omitempty"` // plain HTTP, behind what ends TLS
 }
 
 // Certificate is a chain and its key, as PEM files.
@@ -175,13 +183,24 @@ func (c *CloudProxy) Check() error {
 	}
 	for i := range c.Proxies {
 		p := &c.Proxies[i]
-		p.Address = WithPort(p.Address)
-		if err := CheckAddress(p.Address); err != nil {
+		var err error
+		if p.Address, err = cloudProxyAddress(p.Address); err != nil {
 			return field("cloud_proxies.address", err)
 		}
 	}
 	if err := c.Media.check(); err != nil {
 		return err
+	}
+	if p := c.WebSocket.Path; p != "" && !strings.HasPrefix(p, "/") {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "websocket.path: %.60q does not begin with /; write a path such as /culvert", p)
+	}
+	if at := c.WebSocket.Listen; at != "" {
+		if _, port, err := net.SplitHostPort(at); err != nil || port == "" {
+			return tunnel.Errorf(tunnel.ConfigInvalid, "websocket.listen: %.60q is not ADDRESS:PORT such as 127.0.0.1:8080", at)
+		}
+		if c.WebSocket.Path == "" {
+			return missing("websocket.path", "where what listens at websocket.listen answers, such as /culvert")
+		}
 	}
 	if c.Certificate.CertFile == "" || c.Certificate.KeyFile == "" {
 		return missing("certificate", "cert_file and key_file; 'culvert-cloudproxy init' makes both")

@@ -97,6 +97,17 @@ func TestBadFilesAreRefusedWithTheirLineAndWhatWasMeant(t *testing.T) {
 		"a wait without an end":   {sidecar, strings.Replace(goodSidecar, "100ms", "10h", 1), []string{"line 10", "media.max_wait"}},
 		"a listen that is none":   {sidecar, strings.Replace(goodSidecar, "127.0.0.1:1081", "foo", 1), []string{"line 9", "front.listen", "ADDRESS:PORT"}},
 		"fewer than none":         {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "{max_connections: -1}", 1), []string{"line 9", "front.max_connections"}},
+		"a proxy of another kind": {sidecar, goodSidecar + "proxy: {url: socks5://p:1080}\n", []string{"line 13", "proxy.url", "socks5", "http://"}},
+		"a password in a URL":     {sidecar, goodSidecar + "proxy: {url: \"http://u:p@h:3128\"}\n", []string{"line 13", "proxy.url", "proxy.password_file"}},
+		"a user alone":            {sidecar, goodSidecar + "proxy: {url: http://h, user: u}\n", []string{"line 13", "proxy", "password_file"}},
+		"two answers which proxy": {sidecar, goodSidecar + "proxy: {url: http://h, pac: f}\n", []string{"line 13", "url", "pac"}},
+		"a PAC file from nowhere": {sidecar, goodSidecar + "proxy: {pac: ftp://h/f}\n", []string{"line 13", "proxy.pac", "ftp"}},
+		"a WebSocket without TLS": {sidecar, strings.Replace(goodSidecar, "proxy.example.net", "ws://h/p", 1), []string{"line 3", "cloud_proxy.address", "wss://"}},
+		"a WebSocket, no pin":     {sidecar, strings.Replace(strings.Replace(goodSidecar, "proxy.example.net", "wss://h/p", 1), "  pin:", "  alpn:", 1), []string{"cloud_proxy.pin", "wss://"}},
+		"inspection without pin":  {sidecar, strings.Replace(goodSidecar, "  pin:", "  trust_interception:", 1), []string{"cloud_proxy.pin", "trust_interception"}},
+		"a path that is none":     {cloud, goodCloudProxy + "websocket: {path: culvert}\n", []string{"line 7", "websocket.path", "/culvert"}},
+		"a WebSocket nowhere":     {cloud, goodCloudProxy + "websocket: {listen: \"127.0.0.1:8080\"}\n", []string{"websocket.path"}},
+		"a WebSocket, no port":    {cloud, goodCloudProxy + "websocket: {path: /c, listen: h}\n", []string{"line 7", "websocket.listen", "ADDRESS:PORT"}},
 		"an egress that is none":  {cloud, goodCloudProxy + "egress: {ipv4: '::1'}\n", []string{"egress.ipv4"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -7,12 +7,14 @@ import (
 
 	"culvert/policy"
 	"culvert/tunnel"
+	"culvert/tunnel/httpproxy"
 )
 
 // Sidecar is culvert.yaml.
 type Sidecar struct {
 	CloudProxy  CloudProxyRef `yaml:"cloud_proxy"`
 	Identity    Identity      `yaml:"identity"`
+	Proxy       HTTPProxy     `yaml:"proxy,omitempty"`
 	Front       Front         `yaml:"front,omitempty"`
 	Control     Control       `yaml:"control,omitempty"`
 	Mode        string        `yaml:"mode,omitempty"`         // auto, udp or tcp
@@ -29,11 +31,13 @@ type Sidecar struct {
 
 // CloudProxyRef says where the cloud proxy is and how it is known.
 type CloudProxyRef struct {
-	Address    List   `yaml:"address"` // HOST:PORT, in order of preference
+	Address    List   `yaml:"address"` // HOST:PORT or wss://HOST/PATH, in order of preference
 	Pin        List   `yaml:"pin,omitempty"`
 	ServerName string `yaml:"server_name,omitempty"`
 	CAFile     string `yaml:"ca_file,omitempty"`
 	ALPN       string `yaml:"alpn,omitempty"`
+	// TrustInterception are common names of authorities that may open the outer TLS.
+	TrustInterception List `yaml:"trust_interception,omitempty"`
 }
 
 // Identity is who the sidecar is.
@@ -45,6 +49,20 @@ type Identity struct {
 	Region    string `yaml:"region,omitempty"`
 	Operator  string `yaml:"operator,omitempty"`
 }
+
+// HTTPProxy is the HTTP proxy on the way to the cloud proxy. With neither URL nor
+// PAC the environment says which: HTTPS_PROXY, NO_PROXY.
+type HTTPProxy struct {
+	URL          string `yaml:"url,omitempty"` // http://HOST:PORT, https://HOST:PORT or none
+	PAC          string `yaml:"pac,omitempty"` // a file, or an http or https URL, that says which
+	User         string `yaml:"user,omitempty"`
+	PasswordFile string `yaml:"password_file,omitempty"`
+	NoProxy      List   `yaml:"no_proxy,omitempty"` // as in NO_PROXY
+	CAFile       string `yaml:"ca_file,omitempty"`  // for https://, of the proxy or of the PAC file
+}
+
+// NoProxy as the URL goes directly, whatever the environment says.
+const NoProxy = "none"
 
 // Front is the proxy for apps.
 type Front struct {
@@ -80,8 +98,11 @@ func ReadSidecar(file string) (*Sidecar, error) {
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
+	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
 		*name = beside(file, *name)
+	}
+	if !strings.Contains(c.Proxy.PAC, "://") {
+		c.Proxy.PAC = beside(file, c.Proxy.PAC)
 	}
 	if err := checked(file, c.Check); err != nil {
 		return nil, err
@@ -114,12 +135,17 @@ func (c *Sidecar) Check() error {
 	if len(c.CloudProxy.Address) == 0 {
 		return missing("cloud_proxy.address", "HOST:443 of the cloud proxy")
 	}
+	inside := len(c.CloudProxy.TrustInterception) > 0 // the tunnel's TLS runs, or may run, inside another
 	for i, a := range c.CloudProxy.Address {
-		a = WithPort(a)
-		if err := CheckAddress(a); err != nil {
+		a, err := cloudProxyAddress(a)
+		if err != nil {
 			return field("cloud_proxy.address", err)
 		}
 		c.CloudProxy.Address[i] = a
+		inside = inside || strings.Contains(a, "://")
+	}
+	if inside && len(c.CloudProxy.Pin) == 0 {
+		return missing("cloud_proxy.pin", "what the tunnel's own TLS goes by where another one is around it (wss:// or trust_interception); 'culvert-cloudproxy init' prints it")
 	}
 	for _, p := range c.CloudProxy.Pin {
 		if _, err := tunnel.ParsePin(p); err != nil {
@@ -127,9 +153,8 @@ func (c *Sidecar) Check() error {
 		}
 	}
 	if c.CloudProxy.ServerName == "" {
-		host, _, _ := net.SplitHostPort(c.CloudProxy.Address[0])
-		if net.ParseIP(host) == nil {
-			c.CloudProxy.ServerName = host
+		if to, _, _ := tunnel.ParseAddress(c.CloudProxy.Address[0]); to.Host != "" {
+			c.CloudProxy.ServerName = to.Host
 		} else {
 			return missing("cloud_proxy.server_name", "the name in the cloud proxy's certificate; the address is a number and tells none")
 		}
@@ -142,6 +167,9 @@ func (c *Sidecar) Check() error {
 	}
 	if (c.Front.User == "") != (c.Front.PasswordFile == "") {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "front: it needs both user and password_file, or neither")
+	}
+	if err := c.Proxy.check(); err != nil {
+		return err
 	}
 	if _, err := tunnel.ParseMode(c.Mode); err != nil {
 		return field("mode", err)
@@ -156,6 +184,27 @@ func (c *Sidecar) Check() error {
 		return err
 	}
 	return c.Log.check()
+}
+
+func (p *HTTPProxy) check() error {
+	if p.URL != "" && p.URL != NoProxy {
+		if _, err := httpproxy.ParseURL(p.URL); err != nil {
+			return field("proxy.url", err)
+		}
+	}
+	switch scheme, _, isURL := strings.Cut(p.PAC, "://"); {
+	case p.PAC != "" && p.URL != "":
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: url and pac say both which proxy it is; leave one out")
+	case isURL && scheme != "http" && scheme != "https":
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy.pac: %.60q is neither a file nor an http or https URL", p.PAC)
+	}
+	if strings.Contains(p.User, ":") { // RFC 7617 §2
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy.user: a user name can not hold a colon")
+	}
+	if (p.User == "") != (p.PasswordFile == "") {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: it needs both user and password_file, or neither")
+	}
+	return nil
 }
 
 // maxWait is more than any call can use, and less than what a lane's 16-bit
@@ -185,16 +234,26 @@ func (i *Identity) TokenNow() (string, error) {
 }
 
 // Password returns the front's password; empty without authentication.
-func (f *Front) Password() (string, error) {
-	if f.PasswordFile == "" {
+func (f *Front) Password() (string, error) { return password("front.password_file", f.PasswordFile) }
+
+// Credentials returns who we are to the proxy, with the password as the file has
+// it now. Empty: nobody.
+func (p *HTTPProxy) Credentials() (user, pass string, err error) {
+	pass, err = password("proxy.password_file", p.PasswordFile)
+	return p.User, pass, err
+}
+
+// password reads the file that a key names; empty without one.
+func password(key, file string) (string, error) {
+	if file == "" {
 		return "", nil
 	}
-	p, err := secret(f.PasswordFile)
+	p, err := secret(file)
 	if err != nil {
-		return "", field("front.password_file", err)
+		return "", field(key, err)
 	}
-	if err == nil && p == "" {
-		err = tunnel.Errorf(tunnel.ConfigInvalid, "front.password_file: %s is empty", f.PasswordFile)
+	if p == "" {
+		err = tunnel.Errorf(tunnel.ConfigInvalid, "%s: %s is empty", key, file)
 	}
 	return p, err
 }
@@ -212,6 +271,19 @@ func CheckAddress(a string) error {
 		}
 	}
 	return nil
+}
+
+// cloudProxyAddress checks HOST, HOST:PORT or wss://HOST[:PORT]/PATH, and gives the
+// first its port.
+func cloudProxyAddress(a string) (string, error) {
+	if !strings.Contains(a, "://") {
+		a = WithPort(a)
+	}
+	to, _, err := tunnel.ParseAddress(a)
+	if err != nil {
+		return a, err
+	}
+	return a, CheckAddress(to.String())
 }
 
 // WithPort adds Culvert's port, 443, to an address without one.
