@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -26,6 +27,7 @@ func On(r Rules) error {
 	if err := r.Check(); err != nil {
 		return err
 	}
+	defer alone()()
 	state, err := Read()
 	if err != nil {
 		return err
@@ -71,6 +73,25 @@ func On(r Rules) error {
 	return nil
 }
 
+// aloneWait is how long On and Off wait for another one to end.
+const aloneWait = 3 * time.Second
+
+// alone lets one On or Off at a time change a network namespace, so that none
+// takes away the routes of rules that another has just set. Who may not, or would
+// have to wait for too long, goes on: the lock is everybody's to hold.
+func alone() (done func()) {
+	f, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return func() {}
+	}
+	for end := time.Now().Add(aloneWait); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(end) {
+			return func() { f.Close() }
+		}
+	}
+}
+
 // baseOf is a chain with its hook, where it has one.
 func baseOf(name string, t *nftables.Table) *nftables.Chain {
 	c := &nftables.Chain{Name: name, Table: t}
@@ -88,6 +109,7 @@ func baseOf(name string, t *nftables.Table) *nftables.Chain {
 
 // Off removes the rules and reports whether there were any.
 func Off() (was bool, err error) {
+	defer alone()()
 	state, err := Read()
 	if err != nil {
 		return false, err
@@ -109,7 +131,7 @@ func route(on bool) error {
 		return explain("find the loopback interface", err)
 	}
 	for _, family := range families {
-		if family == netlink.FAMILY_V6 && !hasIPv6() {
+		if family == netlink.FAMILY_V6 && !hasIPv6(on) {
 			continue
 		}
 		all := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
@@ -145,10 +167,15 @@ func route(on bool) error {
 	return nil
 }
 
-// hasIPv6 reports whether the kernel has the family at all.
-func hasIPv6() bool {
-	_, err := os.Stat("/proc/sys/net/ipv6")
-	return err == nil
+// hasIPv6 reports whether the kernel has the family at all, and, where it is to be
+// used, whether it is on where routes lead to: net.ipv6.conf.all.disable_ipv6
+// forbids them.
+func hasIPv6(used bool) bool {
+	off, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+	if !used && err == nil {
+		return true
+	}
+	return err == nil && strings.TrimSpace(string(off)) == "0"
 }
 
 // Read returns what the kernel has.

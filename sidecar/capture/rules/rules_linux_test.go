@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -142,6 +143,84 @@ func TestOnAndOffLeaveTheMachineAsItWas(t *testing.T) {
 		}
 		if after := listing(t); after != before {
 			t.Errorf("after 200 times:\n%s\nbefore:\n%s", after, before)
+		}
+	})
+}
+
+// Two commands at once, or one while a sidecar stops: the rules and the routes
+// that they need come and go together.
+func TestOnAndOffAtOnceDoNotMix(t *testing.T) {
+	inNamespace(t, func() {
+		before := listing(t)
+		space, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer space.Close()
+		for range 20 {
+			var all sync.WaitGroup
+			for i := range 4 {
+				all.Add(1)
+				go func() {
+					defer all.Done()
+					runtime.LockOSThread() // and never unlocked
+					err := unix.Setns(int(space.Fd()), unix.CLONE_NEWNET)
+					switch {
+					case err != nil:
+					case i%2 == 0:
+						err = On(full)
+					default:
+						_, err = Off()
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}()
+			}
+			all.Wait()
+			list := sh(t, "", "nft", "list", "tables")
+			v4, v6 := sh(t, "", "ip", "-4", "rule"), sh(t, "", "ip", "-6", "rule")
+			if on := strings.Contains(list, Table); on != strings.Contains(v4, "4430") || on != strings.Contains(v6, "4430") {
+				t.Errorf("half of it is left:\n%s%s%s", list, v4, v6)
+				return
+			}
+		}
+		if _, err := Off(); err != nil {
+			t.Error(err)
+		}
+		if after := listing(t); after != before {
+			t.Errorf("after:\n%s\nbefore:\n%s", after, before)
+		}
+	})
+}
+
+func TestAMachineWithoutIPv6IsCaptured(t *testing.T) {
+	inNamespace(t, func() {
+		off := func(n string) {
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte(n), 0o644); err != nil {
+				t.Error(err)
+			}
+		}
+		before := listing(t)
+		off("1")
+		if err := On(full); err != nil {
+			t.Error(err)
+		}
+		if list := sh(t, "", "ip", "-4", "rule"); !strings.Contains(list, "4430") {
+			t.Errorf("no rule:\n%s", list)
+		}
+		off("0") // and on again: nothing may stay behind
+		if err := On(full); err != nil {
+			t.Error(err)
+		}
+		off("1")
+		if _, err := Off(); err != nil {
+			t.Error(err)
+		}
+		off("0")
+		if after := listing(t); after != before {
+			t.Errorf("after:\n%s\nbefore:\n%s", after, before)
 		}
 	})
 }
