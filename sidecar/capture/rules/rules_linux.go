@@ -190,7 +190,7 @@ func Read() (State, error) {
 		return State{}, nil
 	}
 	s := State{On: true}
-	for n, name := range []string{"prerouting", "skip", "who", "take", "postrouting"} {
+	for n, name := range []string{"prerouting", "skip", "where", "who", "take", "postrouting"} {
 		list, err := c.GetRules(tables[i], &nftables.Chain{Name: name, Table: tables[i]})
 		if errors.Is(err, unix.ENOENT) {
 			continue // a table that has our name and not our chains
@@ -226,7 +226,7 @@ func CgroupID(path string) (uint64, error) {
 		return 0, err
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(root, path), &st); err != nil {
+	if err := unix.Stat(filepath.Join(root, path), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return 0, tunnel.Errorf(tunnel.ConfigInvalid, "there is no cgroup %s below %s; start what runs in it first, or name its slice", path, root)
 	}
 	return st.Ino, nil

@@ -249,7 +249,7 @@ func TestStateSaysWhatIsCaptured(t *testing.T) {
 		if got := strings.Join(captured, "; "); got != "of user alice (1000); of user 70000; dropped: bound to a device, and so not to be captured" {
 			t.Errorf("captured: %s", got)
 		}
-		for _, want := range []string{"the sidecar's own packets", "the sidecar's user culvert (990)", "to this machine itself", "excepted: to 192.168.4.128/27", "connections that were open before"} {
+		for _, want := range []string{"the sidecar's own packets", "the sidecar's user culvert (990)", "to this machine itself", "excepted: to 192.168.4.128/27", "connections that were open before", "elsewhere than the policy allows"} {
 			if !strings.Contains(strings.Join(left, "; "), want) {
 				t.Errorf("%q is not told: %q", want, left)
 			}
@@ -294,18 +294,30 @@ func TestACgroupIsKnownByItsNumber(t *testing.T) {
 		}
 		t.Cleanup(func() { unix.Unmount(root, unix.MNT_DETACH) })
 	}
-	dir := filepath.Join(root, "culvert-test.slice", "phone.service")
+	dir := filepath.Join(root, "culvert-test.slice", `app-web\x2dphone.scope`) // as systemd names it
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		unable(t, err)
 	}
 	t.Cleanup(func() { os.Remove(dir); os.Remove(filepath.Dir(dir)) })
 	inNamespace(t, func() {
-		if err := On(Rules{Port: 1443, Cgroups: []string{"/sys/fs/cgroup/culvert-test.slice/phone.service/"}}); err != nil {
-			t.Error(err)
-			return
+		const scope = `culvert-test.slice/app-web\x2dphone.scope`
+		for _, path := range []string{scope, "/" + scope + "/", "/sys/fs/cgroup/" + scope, "/sys/fs/cgroup/unified/" + scope} {
+			if err := On(Rules{Port: 1443, Cgroups: []string{path}}); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
 		}
-		if list := sh(t, "", "nft", "list", "table", "inet", Table); !strings.Contains(list, `socket cgroupv2 level 2`) {
+		list := sh(t, "", "nft", "list", "table", "inet", Table)
+		if !strings.Contains(list, `socket cgroupv2 level 2`) {
 			t.Errorf("no such rule:\n%s", list)
+		}
+		r := Rules{Port: 1443, Cgroups: []string{scope}}
+		text, err := r.Text()
+		if err != nil || !strings.Contains(text, `level 2 "`+scope+`"`) {
+			t.Errorf("%v:\n%s", err, text)
+		}
+		file := Rules{Port: 1443, Cgroups: []string{scope + "/cgroup.procs"}}
+		if err := On(file); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
+			t.Errorf("a file in a cgroup is taken for one: %v", err)
 		}
 	})
 }
@@ -319,6 +331,7 @@ func TestBadRulesAreRefused(t *testing.T) {
 		"nobody":          {Rules{Port: 1}, "whose"},
 		"all and a user":  {Rules{Port: 1, All: true, Users: []User{{UID: 1}}}, "all"},
 		"the sidecar":     {Rules{Port: 1, Users: []User{{UID: 7}}, Sidecars: []User{{UID: 7}}}, "user 7"},
+		"nobody's number": {Rules{Port: 1, Users: []User{{UID: 1<<32 - 1}}}, "4294967295"},
 		"the root cgroup": {Rules{Port: 1, Cgroups: []string{"/"}}, "cgroup"},
 		"a quote":         {Rules{Port: 1, Cgroups: []string{`a" accept; "`}}, "cgroup"},
 		"no network":      {Rules{Port: 1, All: true, Except: []netip.Prefix{{}}}, "network"},
