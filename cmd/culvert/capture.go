@@ -189,6 +189,7 @@ type captureState struct {
 	On      bool           `json:"on"`
 	Port    uint16         `json:"port,omitempty"`
 	Lasting bool           `json:"lasting,omitempty"`
+	NoRoute bool           `json:"routes_missing,omitempty"`
 	Rules   []rules.Line   `json:"rules,omitempty"`
 	Unread  string         `json:"rules_unread,omitempty"` // why the rules are not known
 	Taken   *capture.Stats `json:"sidecar,omitempty"`      // nil: no sidecar takes it
@@ -203,7 +204,7 @@ func captureStatus(c *cli.Context) error {
 	state, err := rules.Read()
 	switch tunnel.CodeOf(err) {
 	case "":
-		s.On, s.Port, s.Lasting, s.Rules = state.On, state.Port, state.Lasting, state.Lines
+		s.On, s.Port, s.Lasting, s.NoRoute, s.Rules = state.On, state.Port, state.Lasting, state.On && !state.Routed, state.Lines
 	case tunnel.NotPermitted:
 		s.Unread = "only root may read the rules"
 	default:
@@ -240,6 +241,9 @@ func capturePrint(w io.Writer, s captureState) error {
 		fmt.Fprintf(&b, "Capture is on, to port %d, where this sidecar is not: it is at port %d.\n", s.Port, s.Taken.Port)
 	default:
 		fmt.Fprintf(&b, "Capture is on, to port %d, and what is captured is refused unless somebody is there: %s.\n", s.Port, s.Sidecar)
+	}
+	if s.NoRoute {
+		b.WriteString("Another program has removed its routes, and what is captured is dropped: run 'culvert capture on' again.\n")
 	}
 	if s.Lasting {
 		b.WriteString("It stays on when the sidecar stops.\n")

@@ -264,6 +264,16 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	if out, err := o.get(urls[0]); err != nil || out != "the outside world" {
 		t.Errorf("%v\n%s", err, out)
 	}
+	// Others remove routes that they do not know.
+	for _, c := range []string{"ip rule del priority 4430", "ip -6 rule del priority 4430"} {
+		if out, err := o.in(o.pair.Near, 0, strings.Fields(c)...); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	runEventually(t, "the routes are there again", func() bool {
+		out, err := o.get(urls[0])
+		return err == nil && out == "the outside world"
+	})
 	tables := func() string {
 		out, _ := o.in(o.pair.Near, 0, "nft", "list", "tables")
 		return out
@@ -319,6 +329,15 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	}
 	if out, err := o.capture(0, "off"); err != nil || !strings.Contains(out, "already off") {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func TestStatusSaysWhenTheRoutesAreMissing(t *testing.T) {
+	for _, missing := range []bool{false, true} {
+		var b strings.Builder
+		if err := capturePrint(&b, captureState{On: true, Port: 1443, NoRoute: missing}); err != nil || strings.Contains(b.String(), "what is captured is dropped") != missing {
+			t.Errorf("missing %v: %v\n%s", missing, err, b.String())
+		}
 	}
 }
 

@@ -77,6 +77,7 @@ type State struct {
 	On      bool
 	Port    uint16
 	Lasting bool
+	Routed  bool   // what is captured has its way to the port
 	Lines   []Line // in the order in which they are asked
 }
 

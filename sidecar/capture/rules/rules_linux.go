@@ -178,6 +178,26 @@ func hasIPv6(used bool) bool {
 	return err == nil && strings.TrimSpace(string(off)) == "0"
 }
 
+// Routed reports whether the routing rules and routes are there. Others remove
+// them: systemd-networkd those that it does not know, and the kernel the routes
+// when lo is set down. In doubt they are there.
+func Routed() bool {
+	for _, family := range families {
+		if family == netlink.FAMILY_V6 && !hasIPv6(true) {
+			continue
+		}
+		known, err := netlink.RuleList(family)
+		if err == nil && !slices.ContainsFunc(known, func(r netlink.Rule) bool { return r.Mark == Mark && r.Table == RouteTable }) {
+			return false
+		}
+		ways, err := netlink.RouteListFiltered(family, &netlink.Route{Table: RouteTable, Type: unix.RTN_LOCAL}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+		if err == nil && len(ways) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // Read returns what the kernel has.
 func Read() (State, error) {
 	c := &nftables.Conn{}
@@ -189,7 +209,7 @@ func Read() (State, error) {
 	if i < 0 {
 		return State{}, nil
 	}
-	s := State{On: true}
+	s := State{On: true, Routed: Routed()}
 	for n, name := range []string{"prerouting", "skip", "where", "who", "take", "postrouting"} {
 		list, err := c.GetRules(tables[i], &nftables.Chain{Name: name, Table: tables[i]})
 		if errors.Is(err, unix.ENOENT) {

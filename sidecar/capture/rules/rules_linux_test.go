@@ -254,6 +254,18 @@ func TestStateSaysWhatIsCaptured(t *testing.T) {
 				t.Errorf("%q is not told: %q", want, left)
 			}
 		}
+		for _, c := range []string{"ip -4 rule del priority 4430", "ip -6 rule del priority 4430", "ip -4 route flush table 4430", "ip -6 route flush table 4430"} {
+			sh(t, "", strings.Fields(c)...)
+			if s, err := Read(); err != nil || s.Routed {
+				t.Errorf("after %s: %+v, %v", c, s, err)
+			}
+			if err := On(full); err != nil {
+				t.Error(err)
+			}
+			if s, err := Read(); err != nil || !s.Routed {
+				t.Errorf("after %s and on: %+v, %v", c, s, err)
+			}
+		}
 		lasting := Rules{Port: 1443, All: true, Lasting: true}
 		if err := On(lasting); err != nil {
 			t.Error(err)
