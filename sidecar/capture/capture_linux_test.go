@@ -380,6 +380,24 @@ func TestAConnectionGoesWhereTheAppWanted(t *testing.T) {
 		})
 	}
 	eventually(t, "no connection is left", func() bool { return p.c.Stats().Open == 0 })
+	p.do(func() { // and what the apps got counts as ours
+		s, err := rules.Read()
+		for _, l := range s.Lines {
+			if outside := l.Text == "answers to what came from outside"; err != nil || outside && l.Packets > 0 || l.Text == "the sidecar's own packets" && l.Packets == 0 {
+				t.Errorf("%d packets: %s; %v", l.Packets, l.Text, err)
+			}
+		}
+	})
+}
+
+func TestAPortThatNeedsAnotherCapabilityIsSaid(t *testing.T) {
+	at := netip.MustParseAddrPort("127.0.0.1:80")
+	if err := explain(at, os.NewSyscallError("bind", unix.EACCES)); tunnel.CodeOf(err) != tunnel.NotPermitted || !strings.Contains(err.Error(), "CAP_NET_BIND_SERVICE") {
+		t.Errorf("%v", err)
+	}
+	if err := explain(at, os.NewSyscallError("setsockopt", unix.EPERM)); tunnel.CodeOf(err) != tunnel.NotPermitted || !strings.Contains(err.Error(), "CAP_NET_RAW") {
+		t.Errorf("%v", err)
+	}
 }
 
 func TestWhatIsRefusedIsRefusedAtOnce(t *testing.T) {
