@@ -58,7 +58,7 @@ func newCaptured(t *testing.T, bin, config string) *captured {
 		}
 	})}
 	for at, commands := range map[*netpair.Space][]string{
-		pair.Far:  {"ip addr add " + outside4 + "/32 dev lo", "ip addr add " + outside6 + "/128 dev lo"},
+		pair.Far:  {"ip addr add " + outside4 + "/32 dev lo", "ip addr add " + outside6 + "/128 dev lo nodad"},
 		pair.Near: {"ip link add away type veth peer name nowhere", "ip link set away up", "ip link set nowhere up", "ip -6 addr add fd00:80::1/64 dev away nodad", "ip -6 route add default dev away"},
 	} {
 		for _, c := range commands {
@@ -185,6 +185,9 @@ func TestAnAppThatKnowsNoProxyIsCarried(t *testing.T) {
 	if out, err := o.capture(captureUser, "on", "--user", user, "--control", o.socket); err == nil || !strings.Contains(out, "not_permitted") && !strings.Contains(out, "permi") {
 		t.Errorf("somebody else turns it on: %v\n%s", err, out)
 	}
+	if out, err := o.capture(0, "on", "--user", user, "--dns", "--control", o.socket); err == nil || !strings.Contains(out, "capture.dns") {
+		t.Errorf("DNS is captured, and has nowhere to go: %v\n%s", err, out)
+	}
 	if out, err := o.capture(0, "on", "--user", user, "--control", o.socket); err != nil || !strings.Contains(out, "Capture is on") {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -262,6 +265,9 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	o := newCaptured(t, captureBuild(t), fmt.Sprintf("capture: {users: %d, except: 198.18.0.0/15, dns: %s}\n", captureUser, outside4))
 	urls := o.web()
 	if out, err := o.get(urls[0]); err != nil || out != "the outside world" {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if out, err := o.capture(0, "status", "--control", o.socket); err != nil || !strings.Contains(out, "through the tunnel to "+outside4+":53") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	// Others remove routes that they do not know.
