@@ -211,12 +211,12 @@ func (s *Sidecar) sweepCapture(port uint16) {
 }
 
 // rulesPoll is how often is looked for cgroups, of which one that is made anew, as
-// when its service is started again, has another number, and for the routes, which
-// other programs remove.
+// when its service is started again, has another number, and for what other programs
+// have removed.
 const rulesPoll = 2 * time.Second
 
-// keepRules follows cgroups and keeps the routes until ctx ends, and then removes
-// the rules. Rules that somebody has turned off stay off.
+// keepRules follows cgroups and keeps the rules whole until ctx ends, and then
+// removes them. Rules that somebody has turned off stay off.
 func (s *Sidecar) keepRules(ctx context.Context) {
 	defer s.dropRules()
 	if s.rules == nil {
@@ -242,13 +242,13 @@ func (s *Sidecar) keepRules(ctx context.Context) {
 		now := numbers()
 		what := "a cgroup has changed"
 		if slices.Equal(was, now) {
-			if rules.Routed() {
+			if !rules.Halved() {
 				continue
 			}
-			if state, err := rules.Read(); err != nil || !state.On || state.Port != s.rules.Port {
+			if state, err := rules.Read(); err != nil || state.On && state.Port != s.rules.Port {
 				continue
 			}
-			what = "another program has removed the routes"
+			what = "another program has removed a part of them"
 		}
 		if err := setRules(*s.rules); err != nil {
 			s.log.Warn("capture: the rules can not be set again", "what", what, "why", tunnel.Sentence(err))

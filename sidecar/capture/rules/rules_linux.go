@@ -178,24 +178,37 @@ func hasIPv6(used bool) bool {
 	return err == nil && strings.TrimSpace(string(off)) == "0"
 }
 
-// Routed reports whether the routing rules and routes are there. Others remove
+// Halved reports whether others have removed either the rules, as 'nft flush
+// ruleset' does, or their routes. Off takes both. In doubt they have not.
+func Halved() bool {
+	defer alone()()
+	tables, err := (&nftables.Conn{}).ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false
+	}
+	on := slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == Table })
+	ways, err := routed()
+	return err == nil && on != ways
+}
+
+// routed reports whether the routing rules and routes are there. Others remove
 // them: systemd-networkd those that it does not know, and the kernel the routes
-// when lo is set down. In doubt they are there.
-func Routed() bool {
+// when lo is set down.
+func routed() (bool, error) {
 	for _, family := range families {
 		if family == netlink.FAMILY_V6 && !hasIPv6(true) {
 			continue
 		}
 		known, err := netlink.RuleList(family)
-		if err == nil && !slices.ContainsFunc(known, func(r netlink.Rule) bool { return r.Mark == Mark && r.Table == RouteTable }) {
-			return false
+		if err != nil || !slices.ContainsFunc(known, func(r netlink.Rule) bool { return r.Mark == Mark && r.Table == RouteTable }) {
+			return false, err
 		}
 		ways, err := netlink.RouteListFiltered(family, &netlink.Route{Table: RouteTable, Type: unix.RTN_LOCAL}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
-		if err == nil && len(ways) == 0 {
-			return false
+		if err != nil || len(ways) == 0 {
+			return false, err
 		}
 	}
-	return true
+	return true, nil
 }
 
 // Read returns what the kernel has.
@@ -209,7 +222,10 @@ func Read() (State, error) {
 	if i < 0 {
 		return State{}, nil
 	}
-	s := State{On: true, Routed: Routed()}
+	s := State{On: true}
+	if s.Routed, err = routed(); err != nil {
+		return State{}, explain("read the routing rules", err)
+	}
 	for n, name := range []string{"prerouting", "skip", "where", "who", "take", "postrouting"} {
 		list, err := c.GetRules(tables[i], &nftables.Chain{Name: name, Table: tables[i]})
 		if errors.Is(err, unix.ENOENT) {

@@ -256,15 +256,22 @@ func TestStateSaysWhatIsCaptured(t *testing.T) {
 		}
 		for _, c := range []string{"ip -4 rule del priority 4430", "ip -6 rule del priority 4430", "ip -4 route flush table 4430", "ip -6 route flush table 4430"} {
 			sh(t, "", strings.Fields(c)...)
-			if s, err := Read(); err != nil || s.Routed {
+			if s, err := Read(); err != nil || s.Routed || !Halved() {
 				t.Errorf("after %s: %+v, %v", c, s, err)
 			}
 			if err := On(full); err != nil {
 				t.Error(err)
 			}
-			if s, err := Read(); err != nil || !s.Routed {
+			if s, err := Read(); err != nil || !s.Routed || Halved() {
 				t.Errorf("after %s and on: %+v, %v", c, s, err)
 			}
+		}
+		sh(t, "", "nft", "flush", "ruleset")
+		if !Halved() {
+			t.Error("flushed rules are not missed")
+		}
+		if _, err := Off(); err != nil || Halved() {
+			t.Errorf("rules that were turned off are missed; %v", err)
 		}
 		lasting := Rules{Port: 1443, All: true, Lasting: true}
 		if err := On(lasting); err != nil {

@@ -20,8 +20,8 @@ func CgroupID(string) (uint64, error) { return 0, unsupported() }
 // Read is for Linux.
 func Read() (State, error) { return State{}, unsupported() }
 
-// Routed is for Linux.
-func Routed() bool { return true }
+// Halved is for Linux.
+func Halved() bool { return false }
 
 // Text is for Linux.
 func (Rules) Text() (string, error) { return "", unsupported() }
