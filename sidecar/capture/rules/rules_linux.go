@@ -32,6 +32,9 @@ func On(r Rules) error {
 	if err != nil {
 		return err
 	}
+	if state.On && state.Port == 0 { // a table of that name, which is not ours
+		return tunnel.Errorf(tunnel.NotPermitted, "%w, by a table 'inet %s' that names no port; look at it with 'nft list table inet %s', and remove it with 'culvert capture off'", ErrOther, Table, Table)
+	}
 	if state.On && state.Port != r.Port {
 		return tunnel.Errorf(tunnel.NotPermitted, "%w, for the sidecar at port %d; turn that off first, with 'culvert capture off'", ErrOther, state.Port)
 	}

@@ -301,6 +301,10 @@ func TestAnotherSidecarsRulesStay(t *testing.T) {
 		if after := listing(t); after != before {
 			t.Errorf("a refusal changed\n%s\ninto\n%s", before, after)
 		}
+		sh(t, "flush ruleset; table inet "+Table+" { chain c { }; }", "nft", "-f", "-")
+		if err := On(full); tunnel.CodeOf(err) != tunnel.NotPermitted || !strings.Contains(err.Error(), "names no port") {
+			t.Errorf("somebody else's table: %v", err)
+		}
 	})
 }
 
