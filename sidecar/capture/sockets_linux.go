@@ -216,7 +216,7 @@ func explain(at netip.AddrPort, err error) error {
 	case errors.Is(err, unix.EACCES) && at.Port() != 0: // bind's; all else fails with EPERM
 		return tunnel.Errorf(tunnel.NotPermitted, "to listen on %s needs CAP_NET_BIND_SERVICE; choose a port of 1024 or above with capture.port", at)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return tunnel.Errorf(tunnel.NotPermitted, "capturing traffic needs CAP_NET_RAW; run the sidecar as root, or grant it (systemd: AmbientCapabilities=CAP_NET_RAW)")
+		return tunnel.Errorf(tunnel.NotPermitted, "capturing traffic needs CAP_NET_RAW, on a kernel before 5.17 CAP_NET_ADMIN too; run the sidecar as root, or grant it (systemd: AmbientCapabilities=CAP_NET_RAW)")
 	case errors.Is(err, unix.EADDRINUSE):
 		return tunnel.Errorf(tunnel.ConfigInvalid, "another program listens on %s, perhaps another sidecar; choose another port with capture.port", at)
 	case at.IsValid():
