@@ -51,7 +51,7 @@ func captureCommand() *cli.Command {
 					&cli.StringSliceFlag{Name: "except", Usage: "not what goes to `NETWORK`; may be repeated"},
 					&cli.BoolFlag{Name: "dns", Usage: "also DNS to this machine's own or an excepted server; the sidecar's capture.dns says where it goes"},
 					&cli.StringSliceFlag{Name: "sidecar-user", Usage: "not what `NAME` sends, as which a sidecar runs; may be repeated"},
-					&cli.IntFlag{Name: "port", Usage: "the sidecar takes it at `PORT` (default: what the sidecar says)"},
+					&cli.IntFlag{Name: "port", Usage: "the sidecar takes it at `PORT`", DefaultText: "what the sidecar says, or 1443"},
 					&cli.BoolFlag{Name: "without-sidecar", Usage: "set them though no sidecar runs yet, and let them stay when it stops: for an init container"},
 					&cli.BoolFlag{Name: "dry-run", Usage: "print the rules for 'nft -f' and set nothing"},
 					&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "read the policy from `FILE` and, without flags that choose, whose traffic", EnvVars: []string{"CULVERT_CONFIG"}},
@@ -150,6 +150,8 @@ func captureOn(c *cli.Context) error {
 			return tunnel.Errorf(tunnel.Unsupported, "this sidecar does not take captured traffic; add 'capture: {}' to its configuration and start it again")
 		case c.IsSet("port") && r.Port != st.Capture.Port:
 			return usageError("this sidecar takes captured traffic at port %d, not %d; leave out --port", st.Capture.Port, r.Port)
+		case r.DNS && st.Capture.DNS == "": // it would carry it to where only this machine answers
+			return usageError("this sidecar has no name server for captured DNS; add capture.dns to its configuration and start it again, or leave out --dns")
 		default:
 			r.Port = st.Capture.Port
 		}
@@ -189,6 +191,7 @@ type captureState struct {
 	On      bool           `json:"on"`
 	Port    uint16         `json:"port,omitempty"`
 	Lasting bool           `json:"lasting,omitempty"`
+	NoRoute bool           `json:"routes_missing,omitempty"`
 	Rules   []rules.Line   `json:"rules,omitempty"`
 	Unread  string         `json:"rules_unread,omitempty"` // why the rules are not known
 	Taken   *capture.Stats `json:"sidecar,omitempty"`      // nil: no sidecar takes it
@@ -203,7 +206,7 @@ func captureStatus(c *cli.Context) error {
 	state, err := rules.Read()
 	switch tunnel.CodeOf(err) {
 	case "":
-		s.On, s.Port, s.Lasting, s.Rules = state.On, state.Port, state.Lasting, state.Lines
+		s.On, s.Port, s.Lasting, s.NoRoute, s.Rules = state.On, state.Port, state.Lasting, state.On && !state.Routed, state.Lines
 	case tunnel.NotPermitted:
 		s.Unread = "only root may read the rules"
 	default:
@@ -241,6 +244,9 @@ func capturePrint(w io.Writer, s captureState) error {
 	default:
 		fmt.Fprintf(&b, "Capture is on, to port %d, and what is captured is refused unless somebody is there: %s.\n", s.Port, s.Sidecar)
 	}
+	if s.NoRoute {
+		b.WriteString("Another program has removed its routes, and what is captured is dropped: run 'culvert capture on' again.\n")
+	}
 	if s.Lasting {
 		b.WriteString("It stays on when the sidecar stops.\n")
 	}
@@ -265,6 +271,9 @@ func capturePrint(w io.Writer, s captureState) error {
 	if t := s.Taken; t != nil {
 		fmt.Fprintf(&b, "\ntaken now    %d UDP sockets, %d TCP connections\n", t.Relays, t.Open)
 		fmt.Fprintf(&b, "since start  %d UDP sockets, %d TCP connections; %d datagrams from apps, %d to apps\n", t.Associations, t.Streams, t.Up, t.Down)
+		if t.DNS != "" {
+			fmt.Fprintf(&b, "DNS          through the tunnel to %s\n", t.DNS)
+		}
 		fmt.Fprintf(&b, "refused      %s\n", policyOr(controlCounts(t.Refused), "none"))
 		fmt.Fprintf(&b, "dropped      %s\n", policyOr(controlCounts(t.Dropped), "none"))
 	}

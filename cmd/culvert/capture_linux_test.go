@@ -58,7 +58,7 @@ func newCaptured(t *testing.T, bin, config string) *captured {
 		}
 	})}
 	for at, commands := range map[*netpair.Space][]string{
-		pair.Far:  {"ip addr add " + outside4 + "/32 dev lo", "ip addr add " + outside6 + "/128 dev lo"},
+		pair.Far:  {"ip addr add " + outside4 + "/32 dev lo", "ip addr add " + outside6 + "/128 dev lo nodad"},
 		pair.Near: {"ip link add away type veth peer name nowhere", "ip link set away up", "ip link set nowhere up", "ip -6 addr add fd00:80::1/64 dev away nodad", "ip -6 route add default dev away"},
 	} {
 		for _, c := range commands {
@@ -185,6 +185,9 @@ func TestAnAppThatKnowsNoProxyIsCarried(t *testing.T) {
 	if out, err := o.capture(captureUser, "on", "--user", user, "--control", o.socket); err == nil || !strings.Contains(out, "not_permitted") && !strings.Contains(out, "permi") {
 		t.Errorf("somebody else turns it on: %v\n%s", err, out)
 	}
+	if out, err := o.capture(0, "on", "--user", user, "--dns", "--control", o.socket); err == nil || !strings.Contains(out, "capture.dns") {
+		t.Errorf("DNS is captured, and has nowhere to go: %v\n%s", err, out)
+	}
 	if out, err := o.capture(0, "on", "--user", user, "--control", o.socket); err != nil || !strings.Contains(out, "Capture is on") {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -264,6 +267,19 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	if out, err := o.get(urls[0]); err != nil || out != "the outside world" {
 		t.Errorf("%v\n%s", err, out)
 	}
+	if out, err := o.capture(0, "status", "--control", o.socket); err != nil || !strings.Contains(out, "through the tunnel to "+outside4+":53") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	// Others remove routes that they do not know, or all rules.
+	for _, c := range []string{"ip rule del priority 4430", "nft flush ruleset"} {
+		if out, err := o.in(o.pair.Near, 0, strings.Fields(c)...); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		runEventually(t, "after "+c+" it is captured again", func() bool {
+			out, err := o.in(o.pair.Near, captureUser, "curl", "-sS", "--max-time", "1", urls[0])
+			return err == nil && out == "the outside world"
+		})
+	}
 	tables := func() string {
 		out, _ := o.in(o.pair.Near, 0, "nft", "list", "tables")
 		return out
@@ -319,6 +335,15 @@ func TestRulesOfTheConfigurationComeAndGoWithTheSidecar(t *testing.T) {
 	}
 	if out, err := o.capture(0, "off"); err != nil || !strings.Contains(out, "already off") {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func TestStatusSaysWhenTheRoutesAreMissing(t *testing.T) {
+	for _, missing := range []bool{false, true} {
+		var b strings.Builder
+		if err := capturePrint(&b, captureState{On: true, Port: 1443, NoRoute: missing}); err != nil || strings.Contains(b.String(), "what is captured is dropped") != missing {
+			t.Errorf("missing %v: %v\n%s", missing, err, b.String())
+		}
 	}
 }
 

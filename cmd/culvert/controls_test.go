@@ -152,3 +152,18 @@ func TestExitCode(t *testing.T) {
 		}
 	}
 }
+
+func TestAWrongCommandIsWrongUsage(t *testing.T) {
+	for _, args := range [][]string{{"nosuch"}, {"capture", "nosuch"}, {"channel", "nosuch"}, {"policy", "nosuch"}, {"capture", "on", "nosuch"}, {"capture", "on", "--nosuch"}} {
+		var out, errs strings.Builder
+		if code := run(t.Context(), append([]string{"culvert"}, args...), &out, &errs); code != exitUsage || !strings.Contains(errs.String(), "nosuch") {
+			t.Errorf("%v: exit code %d\n%s", args, code, errs.String())
+		}
+	}
+	for _, group := range []string{"capture", "channel", "policy"} {
+		var out, errs strings.Builder
+		if code := run(t.Context(), []string{"culvert", group}, &out, &errs); code != exitDone || !strings.Contains(out.String(), "COMMANDS") {
+			t.Errorf("%s: exit code %d\n%s%s", group, code, out.String(), errs.String())
+		}
+	}
+}

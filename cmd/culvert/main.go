@@ -54,9 +54,25 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
 			return cli.ShowAppHelp(c)
 		},
 	}
+	for _, group := range app.Commands {
+		if len(group.Subcommands) > 0 && group.Action == nil {
+			group.Action = subcommandOf(group.Name)
+		}
+	}
 	err := app.RunContext(ctx, args)
 	if err != nil {
 		fmt.Fprintln(stderr, "culvert:", err)
 	}
 	return exitCode(err)
+}
+
+// subcommandOf is the action of a command that only has others below it. The
+// library's own ends with 3, which here means that an app is in a channel.
+func subcommandOf(name string) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		if c.NArg() > 0 {
+			return usageError("%.40q is not a command of culvert %s; 'culvert %s --help' lists them", c.Args().First(), name, name)
+		}
+		return cli.ShowSubcommandHelp(c)
+	}
 }

@@ -171,6 +171,9 @@ func (c *Capture) Stats() Stats {
 		Port: c.sockets.Port(), Dropped: map[string]uint64{},
 		Unreachable: c.unreachable.Load(), Up: c.up.Load(), Down: c.down.Load(),
 	}
+	if c.cfg.DNS.IsValid() {
+		s.DNS = c.cfg.DNS.String()
+	}
 	for i := range c.drops {
 		if n := c.drops[i].Load(); n > 0 {
 			s.Dropped[dropNames[i]] = n

@@ -165,14 +165,15 @@ func (p *place) tcp(remote string) (*net.TCPConn, error) {
 
 // far is where captured traffic goes: it echoes.
 type far struct {
-	mu     sync.Mutex
-	refuse error
-	mute   bool       // what is opened from now on answers nothing
-	denied netip.Addr // Send refuses it
-	assocs []*assoc
-	opened int
-	closed int
-	last   tunnel.Target // of a stream
+	mu      sync.Mutex
+	refuse  error
+	mute    bool       // what is opened from now on answers nothing
+	denied  netip.Addr // Send refuses it
+	reports bool       // and reports it, as policy's guard does
+	assocs  []*assoc
+	opened  int
+	closed  int
+	last    tunnel.Target // of a stream
 }
 
 func (f *far) open() int {
@@ -233,10 +234,14 @@ type assoc struct {
 
 func (a *assoc) Send(p []byte, to tunnel.Target) error {
 	a.f.mu.Lock()
-	denied := a.f.denied
+	denied, reports := a.f.denied, a.f.reports
 	a.f.mu.Unlock()
 	if to.Addr == denied {
-		return tunnel.Errorf(tunnel.PolicyDenied, "%v is not allowed", to)
+		err := tunnel.Errorf(tunnel.PolicyDenied, "%v is not allowed", to)
+		if reports {
+			a.r.Unreachable(to.AddrPort(), err)
+		}
+		return err
 	}
 	a.mu.Lock()
 	if !slices.Contains(a.to, to) {
@@ -375,6 +380,24 @@ func TestAConnectionGoesWhereTheAppWanted(t *testing.T) {
 		})
 	}
 	eventually(t, "no connection is left", func() bool { return p.c.Stats().Open == 0 })
+	p.do(func() { // and what the apps got counts as ours
+		s, err := rules.Read()
+		for _, l := range s.Lines {
+			if outside := l.Text == "answers to what came from outside"; err != nil || outside && l.Packets > 0 || l.Text == "the sidecar's own packets" && l.Packets == 0 {
+				t.Errorf("%d packets: %s; %v", l.Packets, l.Text, err)
+			}
+		}
+	})
+}
+
+func TestAPortThatNeedsAnotherCapabilityIsSaid(t *testing.T) {
+	at := netip.MustParseAddrPort("127.0.0.1:80")
+	if err := explain(at, os.NewSyscallError("bind", unix.EACCES)); tunnel.CodeOf(err) != tunnel.NotPermitted || !strings.Contains(err.Error(), "CAP_NET_BIND_SERVICE") {
+		t.Errorf("%v", err)
+	}
+	if err := explain(at, os.NewSyscallError("setsockopt", unix.EPERM)); tunnel.CodeOf(err) != tunnel.NotPermitted || !strings.Contains(err.Error(), "CAP_NET_RAW") || !strings.Contains(err.Error(), "5.17") {
+		t.Errorf("%v", err)
+	}
 }
 
 func TestWhatIsRefusedIsRefusedAtOnce(t *testing.T) {
@@ -437,6 +460,54 @@ func TestADeniedAddressDoesNotEndTheAssociation(t *testing.T) {
 	}
 	if s := p.c.Stats(); s.Dropped["policy_denied"] != 2 || s.Associations != 2 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// Who refuses may report it as well; an app that hears twice of one datagram takes
+// the second for an answer to its next, which goes elsewhere.
+func TestOfOneDatagramAnAppHearsOnce(t *testing.T) {
+	for _, reports := range []bool{false, true} {
+		p := newPlace(t, func(c *Config, _ *rules.Rules) { c.DNS = netip.MustParseAddrPort("192.0.2.53:53") })
+		p.next.set(func(f *far) { f.denied, f.reports = netip.MustParseAddr("192.0.2.53"), reports })
+		app := p.udp("198.18.0.1:0", "203.0.113.1:53")
+		for i := range uint64(3) {
+			app.Write([]byte("query"))
+			if _, err := app.Read(make([]byte, 9)); !errors.Is(err, syscall.EHOSTUNREACH) {
+				t.Errorf("reported %v: %v", reports, err)
+			}
+			eventually(t, "it is counted", func() bool {
+				s := p.c.Stats()
+				return s.Dropped["policy_denied"] == i+1 && s.Unreachable > i
+			})
+			if s := p.c.Stats(); s.Unreachable != i+1 {
+				t.Errorf("reported %v: an app heard %d times of %d datagrams", reports, s.Unreachable, i+1)
+			}
+		}
+	}
+}
+
+func TestAnAnswerComesFromTheServerThatWasAsked(t *testing.T) {
+	one, two, chosen := netip.MustParseAddrPort("198.51.100.1:53"), netip.MustParseAddrPort("198.51.100.2:53"), netip.MustParseAddrPort("192.0.2.53:53")
+	query := func(i int) []byte { return []byte{byte(i >> 8), byte(i), 1, 0} }
+	var d dnsAsked
+	if got := d.server(query(1), chosen); got != chosen {
+		t.Errorf("nobody was asked, and %v answers", got)
+	}
+	// One query to two servers at once, as musl's resolver has it.
+	d.note(query(7), one)
+	d.note(query(7), two)
+	a, b, again := d.server(query(7), chosen), d.server(query(7), chosen), d.server(query(7), chosen)
+	if a == b || a != one && a != two || b != one && b != two || again != one && again != two {
+		t.Errorf("%v and %v and %v have answered", a, b, again)
+	}
+	// More at once than are remembered.
+	for i := range 100 {
+		d.note(query(1000+i), one)
+	}
+	for i := range 100 {
+		if got := d.server(query(1000+i), chosen); got != one {
+			t.Fatalf("%v answers query %d", got, i)
+		}
 	}
 }
 

@@ -49,6 +49,7 @@ type Config struct {
 // Stats are counters since the Capture was made, and live figures.
 type Stats struct {
 	Port         uint16            `json:"port"`                // on 127.0.0.1 and ::1
+	DNS          string            `json:"dns,omitempty"`       // where captured DNS goes, where that is chosen
 	Relays       int               `json:"open_associations"`   // local UDP sockets that are captured now
 	Open         int               `json:"open_streams"`        // TCP connections that are captured now
 	Associations uint64            `json:"associations"`        // UDP sockets since the start

@@ -27,6 +27,7 @@ type source struct {
 	last  atomic.Int64                   // the tick of the last datagram, either way
 	sent  atomic.Int64                   // that of the last one from the app
 	heard atomic.Bool                    // something came back
+	told  atomic.Uint64                  // how many errors the path has handed on
 	asked dnsAsked
 
 	born   uint64 // how many were before
@@ -72,6 +73,7 @@ func (r *reader) TakeFor(p []byte, app, to netip.AddrPort) {
 		s.asked.note(p, to)
 		target = tunnel.TargetOf(c.cfg.DNS)
 	}
+	told := s.told.Load()
 	err := (*out).Send(p, target)
 	if !slices.Contains(r.touched, s) {
 		r.touched = append(r.touched, s)
@@ -83,9 +85,12 @@ func (r *reader) TakeFor(p []byte, app, to netip.AddrPort) {
 		c.drops[dropTooLarge].Add(1)
 	case errors.Is(err, tunnel.PolicyDenied):
 		c.drops[dropPolicy].Add(1)
-		c.tellUnreachable(app, to, reasonDenied)
 	default:
 		c.drops[dropRefused].Add(1)
+	}
+	if err != nil && !errors.Is(err, tunnel.ErrTooLarge) && s.told.Load() == told {
+		// A stage of the path may have reported it before Send returned: of one
+		// datagram an app hears once.
 		c.tellUnreachable(app, to, reasonOf(err))
 	}
 }
@@ -281,9 +286,15 @@ func (s *source) Deliver(p []byte, from netip.AddrPort) {
 
 // Unreachable hands an error on to the app.
 func (s *source) Unreachable(to netip.AddrPort, err error) {
-	if to.IsValid() {
-		s.c.tellUnreachable(s.app, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), reasonOf(err))
+	if !to.IsValid() {
+		return
 	}
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	if to == s.c.cfg.DNS { // the app knows only the one that it has asked
+		to = s.asked.last(to)
+	}
+	s.told.Add(1)
+	s.c.tellUnreachable(s.app, to, reasonOf(err))
 }
 
 // Closed ends the source; the app's next datagram opens another.
@@ -314,8 +325,9 @@ type dnsAsked struct {
 	mu   sync.Mutex
 	next int
 	ring [16]struct {
-		id     [2]byte
-		server netip.AddrPort
+		id       [2]byte
+		answered bool
+		server   netip.AddrPort
 	}
 }
 
@@ -327,21 +339,46 @@ func (d *dnsAsked) note(p []byte, server netip.AddrPort) {
 	defer d.mu.Unlock()
 	e := &d.ring[d.next]
 	d.next = (d.next + 1) % len(d.ring)
-	e.id, e.server = [2]byte(p), server
+	e.id, e.answered, e.server = [2]byte(p), false, server
 }
 
-// server returns whom the app has asked what p answers; none: from.
+// server returns whom the app has asked what p answers. Some resolvers send one
+// query, with one number, to all servers at once: each of them answers once. Where
+// too many have been asked since it is the one that was asked last; nobody: from.
 func (d *dnsAsked) server(p []byte, from netip.AddrPort) netip.AddrPort {
 	if len(p) < 2 {
 		return from
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	var again netip.AddrPort
 	for i := range d.ring { // the latest first
 		e := &d.ring[(d.next-1-i+2*len(d.ring))%len(d.ring)]
-		if e.id == [2]byte(p) && e.server.IsValid() {
+		switch {
+		case !e.server.IsValid() || e.id != [2]byte(p):
+		case !e.answered:
+			e.answered = true
 			return e.server
+		case !again.IsValid():
+			again = e.server
 		}
+	}
+	if again.IsValid() {
+		return again
+	}
+	return d.lastLocked(from)
+}
+
+// last returns the server that was asked last; none: from.
+func (d *dnsAsked) last(from netip.AddrPort) netip.AddrPort {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.lastLocked(from)
+}
+
+func (d *dnsAsked) lastLocked(from netip.AddrPort) netip.AddrPort {
+	if e := d.ring[(d.next-1+len(d.ring))%len(d.ring)]; e.server.IsValid() {
+		return e.server
 	}
 	return from
 }

@@ -57,7 +57,7 @@ func Listen(port uint16, mark uint32) (_ *Sockets, err error) {
 		return nil, err
 	}
 	for i, a := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
-		err := s.listen(a)
+		err := s.listen(a, mark)
 		if err == nil {
 			s.out[i], err = s.rawSocket(a, mark)
 		}
@@ -72,7 +72,7 @@ func Listen(port uint16, mark uint32) (_ *Sockets, err error) {
 	return s, nil
 }
 
-func (s *Sockets) listen(a netip.Addr) error {
+func (s *Sockets) listen(a netip.Addr, mark uint32) error {
 	v6, suffix := a.Is6(), "4"
 	if v6 {
 		suffix = "6"
@@ -81,6 +81,10 @@ func (s *Sockets) listen(a netip.Addr) error {
 		var err error
 		return errors.Join(c.Control(func(fd uintptr) {
 			if err = netio.Transparent(fd, v6); err != nil {
+				return
+			}
+			// What a connection sends has it too, and counts as ours.
+			if err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(mark))); err != nil {
 				return
 			}
 			if kind, e := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); e == nil && kind == unix.SOCK_DGRAM {
@@ -209,8 +213,10 @@ func mayMark() error {
 
 func explain(at netip.AddrPort, err error) error {
 	switch {
+	case errors.Is(err, unix.EACCES) && at.Port() != 0: // bind's; all else fails with EPERM
+		return tunnel.Errorf(tunnel.NotPermitted, "to listen on %s needs CAP_NET_BIND_SERVICE; choose a port of 1024 or above with capture.port", at)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return tunnel.Errorf(tunnel.NotPermitted, "capturing traffic needs CAP_NET_RAW; run the sidecar as root, or grant it (systemd: AmbientCapabilities=CAP_NET_RAW)")
+		return tunnel.Errorf(tunnel.NotPermitted, "capturing traffic needs CAP_NET_RAW, on a kernel before 5.17 CAP_NET_ADMIN too; run the sidecar as root, or grant it (systemd: AmbientCapabilities=CAP_NET_RAW)")
 	case errors.Is(err, unix.EADDRINUSE):
 		return tunnel.Errorf(tunnel.ConfigInvalid, "another program listens on %s, perhaps another sidecar; choose another port with capture.port", at)
 	case at.IsValid():

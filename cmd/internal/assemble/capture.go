@@ -210,14 +210,16 @@ func (s *Sidecar) sweepCapture(port uint16) {
 	}
 }
 
-// cgroupPoll is how often cgroups are looked for. One that is made anew, as when
-// its service is started again, has another number.
-const cgroupPoll = 2 * time.Second
+// rulesPoll is how often is looked for cgroups, of which one that is made anew, as
+// when its service is started again, has another number, and for what other programs
+// have removed.
+const rulesPoll = 2 * time.Second
 
-// keepRules follows cgroups until ctx ends, and then removes the rules.
+// keepRules follows cgroups and keeps the rules whole until ctx ends, and then
+// removes them. Rules that somebody has turned off stay off.
 func (s *Sidecar) keepRules(ctx context.Context) {
 	defer s.dropRules()
-	if s.rules == nil || len(s.rules.Cgroups) == 0 {
+	if s.rules == nil {
 		<-ctx.Done()
 		return
 	}
@@ -229,7 +231,7 @@ func (s *Sidecar) keepRules(ctx context.Context) {
 		return all
 	}
 	was := numbers()
-	tick := time.NewTicker(cgroupPoll)
+	tick := time.NewTicker(rulesPoll)
 	defer tick.Stop()
 	for {
 		select {
@@ -238,13 +240,21 @@ func (s *Sidecar) keepRules(ctx context.Context) {
 		case <-tick.C:
 		}
 		now := numbers()
+		what := "a cgroup has changed"
 		if slices.Equal(was, now) {
-			continue
+			if !rules.Halved() {
+				continue
+			}
+			if state, err := rules.Read(); err != nil || state.On && state.Port != s.rules.Port {
+				continue
+			}
+			what = "another program has removed a part of them"
 		}
 		if err := setRules(*s.rules); err != nil {
-			s.log.Warn("capture: a cgroup has changed, and the rules can not follow it", "why", tunnel.Sentence(err))
+			s.log.Warn("capture: the rules can not be set again", "what", what, "why", tunnel.Sentence(err))
 			continue
 		}
+		s.log.Info("capture: the rules are set again", "what", what)
 		was = now
 	}
 }

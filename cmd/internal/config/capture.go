@@ -48,10 +48,11 @@ func (c *Capture) Excepted() ([]netip.Prefix, error) {
 		if err != nil {
 			var a netip.Addr
 			if a, err = netip.ParseAddr(s); err == nil && a.Zone() == "" {
+				a = a.Unmap()
 				p = netip.PrefixFrom(a, a.BitLen())
 			}
 		}
-		if err != nil || !p.IsValid() {
+		if err != nil || !p.IsValid() || p.Addr().Is4In6() { // packets for a mapped address are IPv4
 			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "capture.except: %.60q is not an address or a network such as 10.0.0.0/8", s)
 		}
 		all = append(all, p.Masked())
@@ -65,11 +66,11 @@ func (c *Capture) Server() (netip.AddrPort, error) {
 		return netip.AddrPort{}, nil
 	}
 	if a, err := netip.ParseAddr(c.DNS); err == nil && a.Zone() == "" {
-		return netip.AddrPortFrom(a, 53), nil
+		return netip.AddrPortFrom(a.Unmap(), 53), nil
 	}
 	a, err := netip.ParseAddrPort(c.DNS)
-	if err != nil || a.Port() == 0 {
+	if err != nil || a.Port() == 0 || a.Addr().Zone() != "" {
 		return netip.AddrPort{}, tunnel.Errorf(tunnel.ConfigInvalid, "capture.dns: %.60q is not the address of a name server, such as 192.0.2.53 or 192.0.2.53:53", c.DNS)
 	}
-	return a, nil
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
 }

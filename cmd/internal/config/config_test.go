@@ -153,13 +153,15 @@ func FuzzCloudProxy(f *testing.F) {
 
 func TestWhatCanNotBeCapturedIsNamed(t *testing.T) {
 	for text, want := range map[string]string{
-		"capture: {port: 70000}":             "capture.port: 70000",
-		"capture: {all: true, users: alice}": "all leaves no choice",
-		"capture: {except: 10.0.0.0/33}":     `capture.except: "10.0.0.0/33"`,
-		"capture: {except: intranet}":        `"intranet"`,
-		"capture: {dns: resolver}":           `capture.dns: "resolver"`,
-		"capture: {dns: '9.9.9.9:0'}":        `capture.dns: "9.9.9.9:0"`,
-		"capture: {user: alice}":             "user",
+		"capture: {port: 70000}":                   "capture.port: 70000",
+		"capture: {all: true, users: alice}":       "all leaves no choice",
+		"capture: {except: 10.0.0.0/33}":           `capture.except: "10.0.0.0/33"`,
+		"capture: {except: intranet}":              `"intranet"`,
+		"capture: {except: '::ffff:10.0.0.0/104'}": `capture.except: "::ffff:10.0.0.0/104"`,
+		"capture: {dns: '[fe80::1%eth0]:53'}":      `capture.dns: "[fe80::1%eth0]:53"`,
+		"capture: {dns: resolver}":                 `capture.dns: "resolver"`,
+		"capture: {dns: '9.9.9.9:0'}":              `capture.dns: "9.9.9.9:0"`,
+		"capture: {user: alice}":                   "user",
 	} {
 		_, err := ReadSidecar(write(t, goodSidecar+"\n"+text+"\n"))
 		if tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), want) {

@@ -52,7 +52,6 @@ func notLoopback() part {
 
 // ofThisMachine is a packet of a socket here: one that is passed on has no user.
 func ofThisMachine() part {
-	const nobody = 1<<32 - 1
 	return is("meta skuid != "+number(uint32(nobody)), &expr.Meta{Key: expr.MetaKeySKUID, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: host(nobody)})
 }
 
@@ -181,7 +180,7 @@ func tproxy(family netip.Addr, port uint16) part {
 // numbers, so the cgroup must exist, and one that is made anew is another.
 func cgroupIs(path string) part {
 	level := strings.Count(path, "/") + 1
-	return part{fmt.Sprintf("socket cgroupv2 level %d %q", level, path), func() ([]expr.Any, error) {
+	return part{fmt.Sprintf(`socket cgroupv2 level %d "%s"`, level, path), func() ([]expr.Any, error) {
 		id, err := CgroupID(path)
 		if err != nil {
 			return nil, err

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"culvert/tunnel"
 )
@@ -50,6 +51,9 @@ type Rules struct {
 	Lasting bool
 }
 
+// nobody is the number that stands for no user.
+const nobody = 1<<32 - 1
+
 // A User is a local user; Name is for people and may be empty.
 type User struct {
 	UID  uint32
@@ -73,6 +77,7 @@ type State struct {
 	On      bool
 	Port    uint16
 	Lasting bool
+	Routed  bool   // what is captured has its way to the port
 	Lines   []Line // in the order in which they are asked
 }
 
@@ -95,6 +100,9 @@ func (r Rules) Check() error {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "to capture all leaves no choice of users or cgroups; name one or the other")
 	}
 	for _, u := range r.Users {
+		if u.UID == nobody {
+			return tunnel.Errorf(tunnel.ConfigInvalid, "%s is nobody's number; the kernel has no such user", u)
+		}
 		if slices.ContainsFunc(r.Sidecars, func(s User) bool { return s.UID == u.UID }) {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "user %s is both captured and the sidecar's; leave one out", u)
 		}
@@ -120,10 +128,16 @@ func (r Rules) Check() error {
 }
 
 // cleanCgroup is a cgroup's path from the root of the hierarchy; empty: it is none.
+// A backslash is systemd's, as in app-gnome-google\x2dchrome-1234.scope.
 func cleanCgroup(c string) string {
-	c = strings.TrimPrefix(c, "/sys/fs/cgroup")
+	for _, root := range []string{"/sys/fs/cgroup/unified/", "/sys/fs/cgroup/"} { // beside version 1, and alone
+		if rest, ok := strings.CutPrefix(c, root); ok {
+			c = rest
+			break
+		}
+	}
 	c = strings.Trim(path.Clean("/"+c), "/")
-	if len(c) > 255 || strings.ContainsFunc(c, func(r rune) bool { return r <= ' ' || r == '"' || r == '\\' || r == 0x7f }) {
+	if len(c) > 255 || !utf8.ValidString(c) || strings.ContainsFunc(c, func(r rune) bool { return r <= ' ' || r == '"' || r == 0x7f }) {
 		return ""
 	}
 	return c

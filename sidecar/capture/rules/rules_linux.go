@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -26,9 +27,13 @@ func On(r Rules) error {
 	if err := r.Check(); err != nil {
 		return err
 	}
+	defer alone()()
 	state, err := Read()
 	if err != nil {
 		return err
+	}
+	if state.On && state.Port == 0 { // a table of that name, which is not ours
+		return tunnel.Errorf(tunnel.NotPermitted, "%w, by a table 'inet %s' that names no port; look at it with 'nft list table inet %s', and remove it with 'culvert capture off'", ErrOther, Table, Table)
 	}
 	if state.On && state.Port != r.Port {
 		return tunnel.Errorf(tunnel.NotPermitted, "%w, for the sidecar at port %d; turn that off first, with 'culvert capture off'", ErrOther, state.Port)
@@ -71,6 +76,25 @@ func On(r Rules) error {
 	return nil
 }
 
+// aloneWait is how long On and Off wait for another one to end.
+const aloneWait = 3 * time.Second
+
+// alone lets one On or Off at a time change a network namespace, so that none
+// takes away the routes of rules that another has just set. Who may not, or would
+// have to wait for too long, goes on: the lock is everybody's to hold.
+func alone() (done func()) {
+	f, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return func() {}
+	}
+	for end := time.Now().Add(aloneWait); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(end) {
+			return func() { f.Close() }
+		}
+	}
+}
+
 // baseOf is a chain with its hook, where it has one.
 func baseOf(name string, t *nftables.Table) *nftables.Chain {
 	c := &nftables.Chain{Name: name, Table: t}
@@ -88,6 +112,7 @@ func baseOf(name string, t *nftables.Table) *nftables.Chain {
 
 // Off removes the rules and reports whether there were any.
 func Off() (was bool, err error) {
+	defer alone()()
 	state, err := Read()
 	if err != nil {
 		return false, err
@@ -109,7 +134,7 @@ func route(on bool) error {
 		return explain("find the loopback interface", err)
 	}
 	for _, family := range families {
-		if family == netlink.FAMILY_V6 && !hasIPv6() {
+		if family == netlink.FAMILY_V6 && !hasIPv6(on) {
 			continue
 		}
 		all := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
@@ -145,10 +170,48 @@ func route(on bool) error {
 	return nil
 }
 
-// hasIPv6 reports whether the kernel has the family at all.
-func hasIPv6() bool {
-	_, err := os.Stat("/proc/sys/net/ipv6")
-	return err == nil
+// hasIPv6 reports whether the kernel has the family at all, and, where it is to be
+// used, whether it is on where routes lead to: net.ipv6.conf.all.disable_ipv6
+// forbids them.
+func hasIPv6(used bool) bool {
+	off, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+	if !used && err == nil {
+		return true
+	}
+	return err == nil && strings.TrimSpace(string(off)) == "0"
+}
+
+// Halved reports whether others have removed either the rules, as 'nft flush
+// ruleset' does, or their routes. Off takes both. In doubt they have not.
+func Halved() bool {
+	defer alone()()
+	tables, err := (&nftables.Conn{}).ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false
+	}
+	on := slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == Table })
+	ways, err := routed()
+	return err == nil && on != ways
+}
+
+// routed reports whether the routing rules and routes are there. Others remove
+// them: systemd-networkd those that it does not know, and the kernel the routes
+// when lo is set down.
+func routed() (bool, error) {
+	for _, family := range families {
+		if family == netlink.FAMILY_V6 && !hasIPv6(true) {
+			continue
+		}
+		known, err := netlink.RuleList(family)
+		if err != nil || !slices.ContainsFunc(known, func(r netlink.Rule) bool { return r.Mark == Mark && r.Table == RouteTable }) {
+			return false, err
+		}
+		ways, err := netlink.RouteListFiltered(family, &netlink.Route{Table: RouteTable, Type: unix.RTN_LOCAL}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+		if err != nil || len(ways) == 0 {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 // Read returns what the kernel has.
@@ -163,7 +226,10 @@ func Read() (State, error) {
 		return State{}, nil
 	}
 	s := State{On: true}
-	for n, name := range []string{"prerouting", "skip", "who", "take", "postrouting"} {
+	if s.Routed, err = routed(); err != nil {
+		return State{}, explain("read the routing rules", err)
+	}
+	for n, name := range []string{"prerouting", "skip", "where", "who", "take", "postrouting"} {
 		list, err := c.GetRules(tables[i], &nftables.Chain{Name: name, Table: tables[i]})
 		if errors.Is(err, unix.ENOENT) {
 			continue // a table that has our name and not our chains
@@ -199,7 +265,7 @@ func CgroupID(path string) (uint64, error) {
 		return 0, err
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(root, path), &st); err != nil {
+	if err := unix.Stat(filepath.Join(root, path), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return 0, tunnel.Errorf(tunnel.ConfigInvalid, "there is no cgroup %s below %s; start what runs in it first, or name its slice", path, root)
 	}
 	return st.Ino, nil

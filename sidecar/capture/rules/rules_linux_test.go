@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -146,6 +147,84 @@ func TestOnAndOffLeaveTheMachineAsItWas(t *testing.T) {
 	})
 }
 
+// Two commands at once, or one while a sidecar stops: the rules and the routes
+// that they need come and go together.
+func TestOnAndOffAtOnceDoNotMix(t *testing.T) {
+	inNamespace(t, func() {
+		before := listing(t)
+		space, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer space.Close()
+		for range 20 {
+			var all sync.WaitGroup
+			for i := range 4 {
+				all.Add(1)
+				go func() {
+					defer all.Done()
+					runtime.LockOSThread() // and never unlocked
+					err := unix.Setns(int(space.Fd()), unix.CLONE_NEWNET)
+					switch {
+					case err != nil:
+					case i%2 == 0:
+						err = On(full)
+					default:
+						_, err = Off()
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}()
+			}
+			all.Wait()
+			list := sh(t, "", "nft", "list", "tables")
+			v4, v6 := sh(t, "", "ip", "-4", "rule"), sh(t, "", "ip", "-6", "rule")
+			if on := strings.Contains(list, Table); on != strings.Contains(v4, "4430") || on != strings.Contains(v6, "4430") {
+				t.Errorf("half of it is left:\n%s%s%s", list, v4, v6)
+				return
+			}
+		}
+		if _, err := Off(); err != nil {
+			t.Error(err)
+		}
+		if after := listing(t); after != before {
+			t.Errorf("after:\n%s\nbefore:\n%s", after, before)
+		}
+	})
+}
+
+func TestAMachineWithoutIPv6IsCaptured(t *testing.T) {
+	inNamespace(t, func() {
+		off := func(n string) {
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte(n), 0o644); err != nil {
+				t.Error(err)
+			}
+		}
+		before := listing(t)
+		off("1")
+		if err := On(full); err != nil {
+			t.Error(err)
+		}
+		if list := sh(t, "", "ip", "-4", "rule"); !strings.Contains(list, "4430") {
+			t.Errorf("no rule:\n%s", list)
+		}
+		off("0") // and on again: nothing may stay behind
+		if err := On(full); err != nil {
+			t.Error(err)
+		}
+		off("1")
+		if _, err := Off(); err != nil {
+			t.Error(err)
+		}
+		off("0")
+		if after := listing(t); after != before {
+			t.Errorf("after:\n%s\nbefore:\n%s", after, before)
+		}
+	})
+}
+
 func TestStateSaysWhatIsCaptured(t *testing.T) {
 	inNamespace(t, func() {
 		if s, err := Read(); err != nil || s.On {
@@ -170,10 +249,29 @@ func TestStateSaysWhatIsCaptured(t *testing.T) {
 		if got := strings.Join(captured, "; "); got != "of user alice (1000); of user 70000; dropped: bound to a device, and so not to be captured" {
 			t.Errorf("captured: %s", got)
 		}
-		for _, want := range []string{"the sidecar's own packets", "the sidecar's user culvert (990)", "to this machine itself", "excepted: to 192.168.4.128/27", "connections that were open before"} {
+		for _, want := range []string{"the sidecar's own packets", "the sidecar's user culvert (990)", "to this machine itself", "excepted: to 192.168.4.128/27", "connections that were open before", "elsewhere than the policy allows"} {
 			if !strings.Contains(strings.Join(left, "; "), want) {
 				t.Errorf("%q is not told: %q", want, left)
 			}
+		}
+		for _, c := range []string{"ip -4 rule del priority 4430", "ip -6 rule del priority 4430", "ip -4 route flush table 4430", "ip -6 route flush table 4430"} {
+			sh(t, "", strings.Fields(c)...)
+			if s, err := Read(); err != nil || s.Routed || !Halved() {
+				t.Errorf("after %s: %+v, %v", c, s, err)
+			}
+			if err := On(full); err != nil {
+				t.Error(err)
+			}
+			if s, err := Read(); err != nil || !s.Routed || Halved() {
+				t.Errorf("after %s and on: %+v, %v", c, s, err)
+			}
+		}
+		sh(t, "", "nft", "flush", "ruleset")
+		if !Halved() {
+			t.Error("flushed rules are not missed")
+		}
+		if _, err := Off(); err != nil || Halved() {
+			t.Errorf("rules that were turned off are missed; %v", err)
 		}
 		lasting := Rules{Port: 1443, All: true, Lasting: true}
 		if err := On(lasting); err != nil {
@@ -203,6 +301,10 @@ func TestAnotherSidecarsRulesStay(t *testing.T) {
 		if after := listing(t); after != before {
 			t.Errorf("a refusal changed\n%s\ninto\n%s", before, after)
 		}
+		sh(t, "flush ruleset; table inet "+Table+" { chain c { }; }", "nft", "-f", "-")
+		if err := On(full); tunnel.CodeOf(err) != tunnel.NotPermitted || !strings.Contains(err.Error(), "names no port") {
+			t.Errorf("somebody else's table: %v", err)
+		}
 	})
 }
 
@@ -215,18 +317,30 @@ func TestACgroupIsKnownByItsNumber(t *testing.T) {
 		}
 		t.Cleanup(func() { unix.Unmount(root, unix.MNT_DETACH) })
 	}
-	dir := filepath.Join(root, "culvert-test.slice", "phone.service")
+	dir := filepath.Join(root, "culvert-test.slice", `app-web\x2dphone.scope`) // as systemd names it
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		unable(t, err)
 	}
 	t.Cleanup(func() { os.Remove(dir); os.Remove(filepath.Dir(dir)) })
 	inNamespace(t, func() {
-		if err := On(Rules{Port: 1443, Cgroups: []string{"/sys/fs/cgroup/culvert-test.slice/phone.service/"}}); err != nil {
-			t.Error(err)
-			return
+		const scope = `culvert-test.slice/app-web\x2dphone.scope`
+		for _, path := range []string{scope, "/" + scope + "/", "/sys/fs/cgroup/" + scope, "/sys/fs/cgroup/unified/" + scope} {
+			if err := On(Rules{Port: 1443, Cgroups: []string{path}}); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
 		}
-		if list := sh(t, "", "nft", "list", "table", "inet", Table); !strings.Contains(list, `socket cgroupv2 level 2`) {
+		list := sh(t, "", "nft", "list", "table", "inet", Table)
+		if !strings.Contains(list, `socket cgroupv2 level 2`) {
 			t.Errorf("no such rule:\n%s", list)
+		}
+		r := Rules{Port: 1443, Cgroups: []string{scope}}
+		text, err := r.Text()
+		if err != nil || !strings.Contains(text, `level 2 "`+scope+`"`) {
+			t.Errorf("%v:\n%s", err, text)
+		}
+		file := Rules{Port: 1443, Cgroups: []string{scope + "/cgroup.procs"}}
+		if err := On(file); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
+			t.Errorf("a file in a cgroup is taken for one: %v", err)
 		}
 	})
 }
@@ -240,6 +354,7 @@ func TestBadRulesAreRefused(t *testing.T) {
 		"nobody":          {Rules{Port: 1}, "whose"},
 		"all and a user":  {Rules{Port: 1, All: true, Users: []User{{UID: 1}}}, "all"},
 		"the sidecar":     {Rules{Port: 1, Users: []User{{UID: 7}}, Sidecars: []User{{UID: 7}}}, "user 7"},
+		"nobody's number": {Rules{Port: 1, Users: []User{{UID: 1<<32 - 1}}}, "4294967295"},
 		"the root cgroup": {Rules{Port: 1, Cgroups: []string{"/"}}, "cgroup"},
 		"a quote":         {Rules{Port: 1, Cgroups: []string{`a" accept; "`}}, "cgroup"},
 		"no network":      {Rules{Port: 1, All: true, Except: []netip.Prefix{{}}}, "network"},

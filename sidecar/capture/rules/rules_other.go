@@ -20,5 +20,8 @@ func CgroupID(string) (uint64, error) { return 0, unsupported() }
 // Read is for Linux.
 func Read() (State, error) { return State{}, unsupported() }
 
+// Halved is for Linux.
+func Halved() bool { return false }
+
 // Text is for Linux.
 func (Rules) Text() (string, error) { return "", unsupported() }

@@ -108,6 +108,9 @@ func (r Rules) script() []rule {
 			}
 		}
 	}
+	if len(r.Only) > 0 { // also what 'who' has sent back, of others
+		add("where", "elsewhere than the policy allows, or of somebody else", verdict("return"))
+	}
 
 	for _, u := range r.Users {
 		add("who", "of user "+u.String(), userIs(u.UID), verdict("goto take"))
@@ -178,7 +181,7 @@ func (r Rules) Text() (string, error) {
 				}
 			}
 			if l.comment != "" {
-				words = append(words, fmt.Sprintf("comment %q", l.comment))
+				words = append(words, `comment "`+l.comment+`"`) // nft knows no escapes
 			}
 			fmt.Fprintf(&b, "\t\t%s\n", strings.Join(words, " "))
 		}
