@@ -132,6 +132,13 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 		}
 		fc.Auth = sidecar.StaticAuth(c.Front.User, password)
 	}
+	users, err := LocalUsers(c.Front.Users)
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "front.users: %s", tunnel.Sentence(err))
+	}
+	for _, u := range users {
+		fc.Users = append(fc.Users, u.UID)
+	}
 	if s.Front, err = sidecar.NewFront(fc); err != nil {
 		return nil, err
 	}
