@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"slices"
@@ -26,6 +27,8 @@ const (
 	// maxJoins bounds the connections that have joined a session and live.
 	maxJoins    = 16
 	maxInstance = 64 // bytes
+	// maxApp is how much of an App ID that was refused is logged, in runes.
+	maxApp = 64
 	// maxUnadmitted bounds candidates that have not been admitted yet.
 	maxUnadmitted = 1000
 	// proxiesFor is how long sidecars may believe what they are told of other cloud proxies.
@@ -58,6 +61,8 @@ type Grant struct {
 	Next    tunnel.Opener  // what the session's traffic goes into
 	Limits  session.Limits // its own; zero fields are those of Config
 	Release func()         // called once when the session has ended
+	// Key and Token name the sidecar's key and its token in the log; no secrets.
+	Key, Token string
 	// Renew takes another token for the session; nil: none is taken.
 	Renew func(token string) error
 	// Check says why the session may not go on. It is asked each second; nil:
@@ -196,7 +201,11 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		err = tunnel.Errorf(tunnel.Internal, "the connection begins with a message that does not belong there")
 	}
 	if err != nil {
-		s.logRefusal(c, err)
+		app := ""
+		if m.Open != nil {
+			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
+		}
+		s.logRefusal(c, app, err)
 		wire.Write(c, wire.RefusedBy(err)) // if it can not be told it has gone
 		lingerClose(c)
 		return nil
@@ -219,12 +228,12 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 }
 
 // logRefusal logs, but no flood.
-func (s *Server) logRefusal(c tunnel.Candidate, err error) {
+func (s *Server) logRefusal(c tunnel.Candidate, app string, err error) {
 	if !s.refusals.Allow() {
 		s.unlogged.Add(1)
 		return
 	}
-	s.log.Info("refused", "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
+	s.log.Info("refused", "audit", "session_refused", "app", app, "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
 }
 
 // lingerClose lets the refusal arrive: closing with unread bytes would reset
@@ -263,6 +272,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		grant.Release()
 		return wire.Welcome{}, nil, err
 	}
+	began := time.Now()
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
 		Next: grant.Next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
@@ -272,7 +282,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 			s.end(l.id, why)
 			drops := map[string]uint64{}
 			l.far.Drops(drops)
-			log.Info("session ended", "why", why, "dropped", drops)
+			log.Info("session ended", "audit", "session_ended", "code", tunnel.CodeOf(why), "why", why, "for", time.Since(began).Round(time.Second), "dropped", drops)
 		},
 	})
 	s.mu.Lock()
@@ -296,7 +306,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		defer c.Close() // for where it turns into nothing
 		carrier, err := c.Carrier()
 		if err == nil {
-			log.Info("session opened", "from", c.RemoteAddr(), "carrier", c.Kind())
+			log.Info("session opened", "audit", "session_opened", "key", grant.Key, "token", grant.Token, "from", c.RemoteAddr(), "carrier", c.Kind())
 			err = l.far.Serve(carrier, sealed)
 		}
 		log.Info("carrier ended", "carrier", c.Kind(), "why", err)
@@ -316,9 +326,9 @@ func renewal(renew func(string) error, log *slog.Logger) func(string) error {
 	return func(token string) error {
 		err := renew(token)
 		if err != nil {
-			log.Info("token refused, the session keeps the one before", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+			log.Info("token refused, the session keeps the one before", "audit", "token_refused", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
 		} else {
-			log.Info("token renewed")
+			log.Info("token renewed", "audit", "token_renewed")
 		}
 		return err
 	}

@@ -385,7 +385,7 @@ func (f *Front) failed(c *frontConn, to string, err error, more ...any) {
 			attrs = append(attrs, "to", logText(to, logName))
 		}
 		attrs = append(append(attrs, more...), "why", logText(tunnel.Sentence(err), logSentence), "unlogged", n)
-		f.log.Info("front: request refused", attrs...)
+		f.log.Info("front: request refused", append(attrs, "audit", "refused")...)
 	}
 }
 

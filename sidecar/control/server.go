@@ -110,7 +110,7 @@ func (s *Server) ServeTCP(ctx context.Context, l net.Listener, token func() (str
 // refuse answers a request that is not its client's.
 func (s *Server) refuse(w http.ResponseWriter, status int, why string) {
 	if s.refusals.Allow() {
-		s.log.Warn("a control request was refused", "code", string(tunnel.NotPermitted), "why", why, "unlogged", s.unlogged.Swap(0))
+		s.log.Warn("a control request was refused", "audit", "refused", "code", string(tunnel.NotPermitted), "why", why, "unlogged", s.unlogged.Swap(0))
 	} else {
 		s.unlogged.Add(1)
 	}

@@ -180,6 +180,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	c.guard = policy.NewGuard(c.egress, func(by tunnel.Peer) *policy.Policy { return c.rules.Load().of(by) })
+	c.guard.Denied = newDenials(p.Log).denied
 	c.resolve = egress.NewResolve(c.guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{
 		Listeners: listeners,
@@ -189,7 +190,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 				return cloudproxy.Grant{}, err
 			}
 			renew := func(token string) error { _, err := p.Renew(token); return err }
-			return cloudproxy.Grant{Next: c.resolve, Limits: c.rules.Load().Apps[o.App].Limits, Release: p.Release, Renew: renew, Check: p.Check}, nil
+			return cloudproxy.Grant{Next: c.resolve, Limits: c.rules.Load().Apps[o.App].Limits, Release: p.Release, Key: identity.Thumbprint(o.Key), Token: p.Claims().ID, Renew: renew, Check: p.Check}, nil
 		},
 		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})

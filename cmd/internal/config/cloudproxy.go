@@ -128,7 +128,7 @@ func ReadCloudProxy(file string) (*CloudProxy, error) {
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey, &c.Tokens.Revoked} {
+	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey, &c.Tokens.Revoked, &c.Log.AuditFile} {
 		*name = beside(file, *name)
 	}
 	for i := range c.Tokens.PublicKeys {

@@ -92,6 +92,8 @@ type Media struct {
 type Log struct {
 	Level  string `yaml:"level,omitempty"`  // debug, info, warn or error
 	Format string `yaml:"format,omitempty"` // text or json
+	// AuditFile gets the lines about who did what, too, as JSON.
+	AuditFile string `yaml:"audit_file,omitempty"`
 }
 
 // DefaultListen is where apps find the proxy.
@@ -103,7 +105,7 @@ func ReadSidecar(file string) (*Sidecar, error) {
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile, &c.Control.TokenFile} {
+	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile, &c.Control.TokenFile, &c.Log.AuditFile} {
 		*name = beside(file, *name)
 	}
 	if !strings.Contains(c.Proxy.PAC, "://") {
