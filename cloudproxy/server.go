@@ -16,6 +16,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"culvert/tunnel"
+	"culvert/tunnel/crowd"
 	"culvert/tunnel/resume"
 	"culvert/tunnel/session"
 	"culvert/tunnel/wire"
@@ -77,7 +78,7 @@ type Server struct {
 	refusals   *rate.Limiter // of log lines
 	unlogged   atomic.Int64
 	memory     *resume.Budget
-	unadmitted chan struct{} // a place for each candidate in its opening exchange
+	unadmitted *crowd.Crowd // candidates in their opening exchange
 	wg         sync.WaitGroup
 
 	mu       sync.Mutex // guards the fields below
@@ -111,7 +112,7 @@ func New(cfg Config) (*Server, error) {
 	if len(cfg.Proxies) == 0 && cfg.Address != "" {
 		cfg.Proxies = []tunnel.ProxyAddr{{Address: cfg.Address, Region: cfg.Region}}
 	}
-	return &Server{cfg: cfg, memory: resume.NewBudget(cfg.Memory), log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: make(chan struct{}, maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
+	return &Server{cfg: cfg, memory: resume.NewBudget(cfg.Memory), log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: crowd.New(maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
 }
 
 // Run serves until ctx ends, then refuses what is new, lets live sessions
@@ -159,20 +160,24 @@ func (s *Server) accept(ctx context.Context, l tunnel.Listener) error {
 		case err != nil:
 			return err
 		}
-		select {
-		case s.unadmitted <- struct{}{}:
-			s.wg.Go(func() { s.greet(c) })
-		default:
+		place, ok := s.unadmitted.Enter(c.RemoteAddr().Addr(), func() { s.wg.Go(func() { c.Close() }) })
+		if !ok {
 			c.Close()
-			s.log.Warn("too many peers are being admitted, one was turned away", "limit", maxUnadmitted)
+			if s.refusals.Allow() {
+				s.log.Warn("too many peers are being admitted, one was turned away", "limit", maxUnadmitted, "from", c.RemoteAddr(), "unlogged", s.unlogged.Swap(0))
+			} else {
+				s.unlogged.Add(1)
+			}
+			continue
 		}
+		s.wg.Go(func() { s.greet(c, place) })
 	}
 }
 
 // greet hears what a candidate wants and serves it to its end.
-func (s *Server) greet(c tunnel.Candidate) {
+func (s *Server) greet(c tunnel.Candidate, place *crowd.Place) {
 	serve := s.admit(c)
-	<-s.unadmitted
+	place.Leave()
 	if serve == nil {
 		c.Close()
 		return
