@@ -1,6 +1,7 @@
 package cloudproxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -43,6 +44,7 @@ type Config struct {
 	Listeners []tunnel.Listener
 	Authorize Authorize
 	Limits    session.Limits     // of each session
+	Rate      int                // bytes per second of each session, see Grant.Rate; 0: unbounded
 	Memory    int                // bytes that the streams of all sessions keep for their next connection; 0: resume.DefaultBudget
 	Address   string             // HOST:PORT under which sidecars reach this very instance
 	Region    string             // told to sidecars; may be empty
@@ -59,9 +61,12 @@ type Authorize func(context.Context, tunnel.Open) (Grant, error)
 
 // A Grant is what a session is admitted with. Next and Release are required.
 type Grant struct {
-	Next    tunnel.Opener  // what the session's traffic goes into
-	Limits  session.Limits // its own; zero fields are those of Config
-	Release func()         // called once when the session has ended
+	Next   tunnel.Opener  // what the session's traffic goes into
+	Limits session.Limits // its own; zero fields are those of Config
+	// Rate bounds its bytes per second in each direction, those of streams and
+	// those of datagrams apart; 0: as Config says.
+	Rate    int
+	Release func() // called once when the session has ended
 	// Key and Token name the sidecar's key and its token in the log; no secrets.
 	Key, Token string
 	// Renew takes another token for the session; nil: none is taken.
@@ -77,6 +82,7 @@ type Server struct {
 	log        *slog.Logger
 	refusals   *rate.Limiter // of log lines
 	unlogged   atomic.Int64
+	strikes    strikes
 	memory     *resume.Budget
 	unadmitted *crowd.Crowd // candidates in their opening exchange
 	wg         sync.WaitGroup
@@ -210,6 +216,7 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		if m.Open != nil {
 			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
 		}
+		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
 		s.logRefusal(c, app, err)
 		wire.Write(c, wire.RefusedBy(err)) // if it can not be told it has gone
 		lingerClose(c)
@@ -257,10 +264,13 @@ func lingerClose(c tunnel.Candidate) {
 // open admits a new session.
 func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wire.Welcome, func(), error) {
 	s.mu.Lock()
-	draining := s.draining
+	draining, known := s.draining, s.byKey[string(c.PeerKey())] != nil
 	s.mu.Unlock()
 	if draining {
 		return wire.Welcome{}, nil, stopping()
+	}
+	if err := s.strikes.out(c.RemoteAddr().Addr()); err != nil && !known {
+		return wire.Welcome{}, nil, err
 	}
 	if len(o.Instance) > maxInstance {
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "the sidecar's instance is longer than %d bytes", maxInstance)
@@ -278,15 +288,26 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		return wire.Welcome{}, nil, err
 	}
 	began := time.Now()
+	next, throttled := grant.Next, (*throttle)(nil)
+	if n := cmp.Or(grant.Rate, s.cfg.Rate); n > 0 {
+		throttled = newThrottle(next, n)
+		next = throttled
+	}
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
-		Next: grant.Next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
+		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
 		Limits: grant.Limits.Or(s.cfg.Limits), Renew: renewal(grant.Renew, log), Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
 		Ended: func(why error) {
 			defer s.wg.Done()
 			s.end(l.id, why)
 			drops := map[string]uint64{}
 			l.far.Drops(drops)
+			if throttled != nil && throttled.dropped.Load() > 0 {
+				drops[overRate] = throttled.dropped.Load()
+			}
+			if tunnel.CodeOf(why) == tunnel.LimitExceeded {
+				s.strikes.add(c.RemoteAddr().Addr(), floodStrikes)
+			}
 			log.Info("session ended", "audit", "session_ended", "code", tunnel.CodeOf(why), "why", why, "for", time.Since(began).Round(time.Second), "dropped", drops)
 		},
 	})

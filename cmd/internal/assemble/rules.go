@@ -28,6 +28,7 @@ type Rules struct {
 type App struct {
 	Sessions int            // at once; 0: as its token says
 	Limits   session.Limits // of each session; zero fields: the general ones
+	Rate     int            // bytes per second of each session, each way; 0: as for all
 	Policy   *policy.Policy // nil: the general one
 }
 
@@ -48,7 +49,7 @@ func RulesFrom(c *config.CloudProxy) (r Rules, err error) {
 		r.Apps = map[string]App{}
 	}
 	for _, a := range c.Apps {
-		app := App{Sessions: a.Sessions, Limits: session.Limits{Associations: a.Limits.Associations, Streams: a.Limits.Streams, OpensPerSecond: a.Limits.OpensPerSecond}}
+		app := App{Sessions: a.Sessions, Rate: a.Limits.BytesPerSecond, Limits: session.Limits{Associations: a.Limits.Associations, Streams: a.Limits.Streams, OpensPerSecond: a.Limits.OpensPerSecond}}
 		if a.Policy != nil {
 			if app.Policy, err = policy.New(*a.Policy); err != nil {
 				return r, err
