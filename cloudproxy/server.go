@@ -1,10 +1,12 @@
 package cloudproxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"slices"
@@ -15,6 +17,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"culvert/tunnel"
+	"culvert/tunnel/crowd"
 	"culvert/tunnel/resume"
 	"culvert/tunnel/session"
 	"culvert/tunnel/wire"
@@ -26,6 +29,8 @@ const (
 	// maxJoins bounds the connections that have joined a session and live.
 	maxJoins    = 16
 	maxInstance = 64 // bytes
+	// maxApp is how much of an App ID that was refused is logged, in runes.
+	maxApp = 64
 	// maxUnadmitted bounds candidates that have not been admitted yet.
 	maxUnadmitted = 1000
 	// proxiesFor is how long sidecars may believe what they are told of other cloud proxies.
@@ -39,6 +44,7 @@ type Config struct {
 	Listeners []tunnel.Listener
 	Authorize Authorize
 	Limits    session.Limits     // of each session
+	Rate      int                // bytes per second of each session, see Grant.Rate; 0: unbounded
 	Memory    int                // bytes that the streams of all sessions keep for their next connection; 0: resume.DefaultBudget
 	Address   string             // HOST:PORT under which sidecars reach this very instance
 	Region    string             // told to sidecars; may be empty
@@ -55,9 +61,14 @@ type Authorize func(context.Context, tunnel.Open) (Grant, error)
 
 // A Grant is what a session is admitted with. Next and Release are required.
 type Grant struct {
-	Next    tunnel.Opener  // what the session's traffic goes into
-	Limits  session.Limits // its own; zero fields are those of Config
-	Release func()         // called once when the session has ended
+	Next   tunnel.Opener  // what the session's traffic goes into
+	Limits session.Limits // its own; zero fields are those of Config
+	// Rate bounds its bytes per second in each direction, those of streams and
+	// those of datagrams apart; 0: as Config says.
+	Rate    int
+	Release func() // called once when the session has ended
+	// Key and Token name the sidecar's key and its token in the log; no secrets.
+	Key, Token string
 	// Renew takes another token for the session; nil: none is taken.
 	Renew func(token string) error
 	// Check says why the session may not go on. It is asked each second; nil:
@@ -71,8 +82,9 @@ type Server struct {
 	log        *slog.Logger
 	refusals   *rate.Limiter // of log lines
 	unlogged   atomic.Int64
+	strikes    strikes
 	memory     *resume.Budget
-	unadmitted chan struct{} // a place for each candidate in its opening exchange
+	unadmitted *crowd.Crowd // candidates in their opening exchange
 	wg         sync.WaitGroup
 
 	mu       sync.Mutex // guards the fields below
@@ -106,7 +118,7 @@ func New(cfg Config) (*Server, error) {
 	if len(cfg.Proxies) == 0 && cfg.Address != "" {
 		cfg.Proxies = []tunnel.ProxyAddr{{Address: cfg.Address, Region: cfg.Region}}
 	}
-	return &Server{cfg: cfg, memory: resume.NewBudget(cfg.Memory), log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: make(chan struct{}, maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
+	return &Server{cfg: cfg, memory: resume.NewBudget(cfg.Memory), log: cfg.Log, refusals: rate.NewLimiter(10, 50), unadmitted: crowd.New(maxUnadmitted), byID: map[string]*live{}, byKey: map[string]*live{}}, nil
 }
 
 // Run serves until ctx ends, then refuses what is new, lets live sessions
@@ -154,20 +166,24 @@ func (s *Server) accept(ctx context.Context, l tunnel.Listener) error {
 		case err != nil:
 			return err
 		}
-		select {
-		case s.unadmitted <- struct{}{}:
-			s.wg.Go(func() { s.greet(c) })
-		default:
+		place, ok := s.unadmitted.Enter(c.RemoteAddr().Addr(), func() { s.wg.Go(func() { c.Close() }) })
+		if !ok {
 			c.Close()
-			s.log.Warn("too many peers are being admitted, one was turned away", "limit", maxUnadmitted)
+			if s.refusals.Allow() {
+				s.log.Warn("too many peers are being admitted, one was turned away", "limit", maxUnadmitted, "from", c.RemoteAddr(), "unlogged", s.unlogged.Swap(0))
+			} else {
+				s.unlogged.Add(1)
+			}
+			continue
 		}
+		s.wg.Go(func() { s.greet(c, place) })
 	}
 }
 
 // greet hears what a candidate wants and serves it to its end.
-func (s *Server) greet(c tunnel.Candidate) {
+func (s *Server) greet(c tunnel.Candidate, place *crowd.Place) {
 	serve := s.admit(c)
-	<-s.unadmitted
+	place.Leave()
 	if serve == nil {
 		c.Close()
 		return
@@ -196,7 +212,12 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		err = tunnel.Errorf(tunnel.Internal, "the connection begins with a message that does not belong there")
 	}
 	if err != nil {
-		s.logRefusal(c, err)
+		app := ""
+		if m.Open != nil {
+			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
+		}
+		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
+		s.logRefusal(c, app, err)
 		wire.Write(c, wire.RefusedBy(err)) // if it can not be told it has gone
 		lingerClose(c)
 		return nil
@@ -219,12 +240,12 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 }
 
 // logRefusal logs, but no flood.
-func (s *Server) logRefusal(c tunnel.Candidate, err error) {
+func (s *Server) logRefusal(c tunnel.Candidate, app string, err error) {
 	if !s.refusals.Allow() {
 		s.unlogged.Add(1)
 		return
 	}
-	s.log.Info("refused", "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
+	s.log.Info("refused", "audit", "session_refused", "app", app, "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
 }
 
 // lingerClose lets the refusal arrive: closing with unread bytes would reset
@@ -243,10 +264,13 @@ func lingerClose(c tunnel.Candidate) {
 // open admits a new session.
 func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wire.Welcome, func(), error) {
 	s.mu.Lock()
-	draining := s.draining
+	draining, known := s.draining, s.byKey[string(c.PeerKey())] != nil
 	s.mu.Unlock()
 	if draining {
 		return wire.Welcome{}, nil, stopping()
+	}
+	if err := s.strikes.out(c.RemoteAddr().Addr()); err != nil && !known {
+		return wire.Welcome{}, nil, err
 	}
 	if len(o.Instance) > maxInstance {
 		return wire.Welcome{}, nil, tunnel.Errorf(tunnel.LimitExceeded, "the sidecar's instance is longer than %d bytes", maxInstance)
@@ -263,16 +287,28 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		grant.Release()
 		return wire.Welcome{}, nil, err
 	}
+	began := time.Now()
+	next, throttled := grant.Next, (*throttle)(nil)
+	if n := cmp.Or(grant.Rate, s.cfg.Rate); n > 0 {
+		throttled = newThrottle(next, n)
+		next = throttled
+	}
 	s.wg.Add(1) // until the session has ended
 	l.far = session.NewFar(session.FarConfig{
-		Next: grant.Next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
+		Next: next, Peer: tunnel.Peer{App: o.App, Addr: c.RemoteAddr()}, Peered: o.Version,
 		Limits: grant.Limits.Or(s.cfg.Limits), Renew: renewal(grant.Renew, log), Memory: s.memory, Age: s.cfg.Age, ID: l.id, Hold: s.cfg.Hold,
 		Ended: func(why error) {
 			defer s.wg.Done()
 			s.end(l.id, why)
 			drops := map[string]uint64{}
 			l.far.Drops(drops)
-			log.Info("session ended", "why", why, "dropped", drops)
+			if throttled != nil && throttled.dropped.Load() > 0 {
+				drops[overRate] = throttled.dropped.Load()
+			}
+			if tunnel.CodeOf(why) == tunnel.LimitExceeded {
+				s.strikes.add(c.RemoteAddr().Addr(), floodStrikes)
+			}
+			log.Info("session ended", "audit", "session_ended", "code", tunnel.CodeOf(why), "why", why, "for", time.Since(began).Round(time.Second), "dropped", drops)
 		},
 	})
 	s.mu.Lock()
@@ -296,7 +332,7 @@ func (s *Server) open(ctx context.Context, c tunnel.Candidate, o *wire.Open) (wi
 		defer c.Close() // for where it turns into nothing
 		carrier, err := c.Carrier()
 		if err == nil {
-			log.Info("session opened", "from", c.RemoteAddr(), "carrier", c.Kind())
+			log.Info("session opened", "audit", "session_opened", "key", grant.Key, "token", grant.Token, "from", c.RemoteAddr(), "carrier", c.Kind())
 			err = l.far.Serve(carrier, sealed)
 		}
 		log.Info("carrier ended", "carrier", c.Kind(), "why", err)
@@ -316,9 +352,9 @@ func renewal(renew func(string) error, log *slog.Logger) func(string) error {
 	return func(token string) error {
 		err := renew(token)
 		if err != nil {
-			log.Info("token refused, the session keeps the one before", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+			log.Info("token refused, the session keeps the one before", "audit", "token_refused", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
 		} else {
-			log.Info("token renewed")
+			log.Info("token renewed", "audit", "token_renewed")
 		}
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -47,6 +48,10 @@ type FrontConfig struct {
 	// asks for none. It must take the same time for every wrong answer:
 	// StaticAuth does.
 	Auth func(user, password string) bool
+	// Users are the numbers of those users of this machine who may use the front,
+	// whatever address they come from; empty: everybody may. It needs Linux. What
+	// the kernel can not tell the user of is refused.
+	Users []uint32
 	// MaxConns bounds open connections, those that hold a UDP association
 	// included. What comes beyond it is closed at once. 0 is 4096.
 	MaxConns int
@@ -65,6 +70,8 @@ type Front struct {
 	listener  net.Listener
 	next      tunnel.Opener
 	auth      func(user, password string) bool
+	users     []uint32
+	strangers atomic.Int64 // open connections of other users
 	maxConns  int
 	log       *slog.Logger
 	listenUDP func(netip.Addr) (*net.UDPConn, error)
@@ -112,6 +119,9 @@ func NewFront(c FrontConfig) (*Front, error) {
 	if c.MaxConns < 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "MaxConns is %d; it can not be negative", c.MaxConns)
 	}
+	if len(c.Users) > 0 && !ownersKnown {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "Users: this system does not tell who is behind a connection; leave the users out, or set a user and password")
+	}
 	if c.MaxAge < 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "MaxAge is %v; it can not be negative", c.MaxAge)
 	}
@@ -127,6 +137,7 @@ func NewFront(c FrontConfig) (*Front, error) {
 		listener:  c.Listener,
 		next:      c.Next,
 		auth:      c.Auth,
+		users:     slices.Clone(c.Users),
 		maxConns:  c.MaxConns,
 		log:       c.Log,
 		listenUDP: c.ListenUDP,
@@ -282,6 +293,13 @@ func (f *Front) gone(c *frontConn) {
 func (f *Front) serve(ctx context.Context, c *frontConn) {
 	start := time.Now()
 	c.SetDeadline(start.Add(f.greeting))
+	if c.stranger = f.strange(c); c.stranger != nil { // who is told so, if there are not many
+		defer f.strangers.Add(-1)
+		if f.strangers.Add(1) > maxStrangers {
+			f.failed(c, "", c.stranger)
+			return
+		}
+	}
 	first, err := c.in.Peek(1)
 	if err != nil {
 		return
@@ -304,8 +322,31 @@ func (f *Front) serve(ctx context.Context, c *frontConn) {
 	}
 }
 
+// maxStrangers bounds the connections of other users that are answered at once,
+// so that they take no places of those who may use the front.
+const maxStrangers = 64
+
+// strange says why a connection's user may not use the front; nil: the user may.
+func (f *Front) strange(c *frontConn) error {
+	if len(f.users) == 0 {
+		return nil
+	}
+	uid, known := userOf(c)
+	switch {
+	case !known:
+		return tunnel.Errorf(tunnel.NotPermitted, "the system does not tell which user of this machine asks, and only some may use Culvert here; connect from this machine itself")
+	case !slices.Contains(f.users, uid):
+		return tunnel.Errorf(tunnel.NotPermitted, "user %d may not use Culvert on this machine; ask its administrator to add the user to front.users", uid)
+	}
+	return nil
+}
+
 // open asks for a stream, and gives up when the client leaves first.
 func (f *Front) open(ctx context.Context, c *frontConn, user string, to tunnel.Target) (tunnel.Stream, error) {
+	if c.stranger != nil {
+		f.failed(c, to.String(), c.stranger)
+		return nil, c.stranger
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	settled := whenLeft(c.TCPConn, cancel)
@@ -344,7 +385,7 @@ func (f *Front) failed(c *frontConn, to string, err error, more ...any) {
 			attrs = append(attrs, "to", logText(to, logName))
 		}
 		attrs = append(append(attrs, more...), "why", logText(tunnel.Sentence(err), logSentence), "unlogged", n)
-		f.log.Info("front: request refused", attrs...)
+		f.log.Info("front: request refused", append(attrs, "audit", "refused")...)
 	}
 }
 
@@ -366,6 +407,8 @@ type frontConn struct {
 	in   *bufio.Reader // what was read but not consumed; nil once empty
 	head io.LimitedReader
 	held atomic.Pointer[association] // the one that the connection now belongs to
+
+	stranger error // why its user may not use the front; nil: the user may
 }
 
 func newFrontConn(c *net.TCPConn) *frontConn {

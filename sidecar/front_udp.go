@@ -194,6 +194,9 @@ func (f *Front) associate(c *frontConn, user string, port uint16) {
 }
 
 func (f *Front) newAssociation(c *frontConn, user string, port uint16) (*association, error) {
+	if c.stranger != nil {
+		return nil, c.stranger
+	}
 	local := addrPort(c.LocalAddr()).Addr()
 	failed := func(err error) error {
 		return tunnel.Errorf(tunnel.Internal, "no UDP socket on %s for an association: %w", local, err)
@@ -209,6 +212,7 @@ func (f *Front) newAssociation(c *frontConn, user string, port uint16) (*associa
 		return nil, failed(err)
 	}
 	a.owner.of(c)
+	a.owner.strict = len(f.users) > 0
 	a.out, err = f.next.OpenPackets(tunnel.Peer{User: user, Addr: c.from, Held: true}, a)
 	if err != nil {
 		a.socket.Close()

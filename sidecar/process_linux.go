@@ -228,26 +228,37 @@ func (r diagRequest) Serialize() []byte {
 // socketOwner compares the local user of an association's TCP connection with
 // that of a datagram's sender.
 type socketOwner struct {
-	uid   uint32
-	known bool
+	uid    uint32
+	known  bool
+	strict bool // what can not be known is not owned
+}
+
+// ownersKnown says that this system tells who is behind a connection.
+const ownersKnown = true
+
+// userOf looks up the user behind a connection of this machine.
+func userOf(c *frontConn) (uid uint32, known bool) {
+	s, err := diagTCP(c.from, addrPort(c.LocalAddr()))
+	return s.uid, err == nil && s.inode != 0
 }
 
 // of looks the TCP client up.
 func (o *socketOwner) of(c *frontConn) {
-	if s, err := diagTCP(c.from, addrPort(c.LocalAddr())); err == nil && s.inode != 0 {
-		o.uid, o.known = s.uid, true
-	}
+	o.uid, o.known = userOf(c)
 }
 
 // owns reports whether the sender is of the same local user, or it can not be
 // known.
 func (o *socketOwner) owns(sender, server netip.AddrPort) bool {
 	if !o.known {
-		return true
+		return !o.strict
 	}
 	s, err := diagUDP(sender, server)
 	if err == nil {
 		return s.uid == o.uid
+	}
+	if o.strict {
+		return false
 	}
 	// The TCP client is on this machine, so the sender's socket was too, and
 	// has been closed: unless this kernel can not look UDP up, when it does not

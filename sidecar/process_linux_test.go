@@ -109,8 +109,14 @@ func TestOtherLocalUserIsDropped(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root can become another user")
 	}
+	for name, users := range map[string][]uint32{"anybody may use the front": nil, "some may": {0, 65534}} {
+		t.Run(name, func(t *testing.T) { otherLocalUserIsDropped(t, users) })
+	}
+}
+
+func otherLocalUserIsDropped(t *testing.T, users []uint32) {
 	next := &frontDirect{}
-	f := frontStart(t, next, nil)
+	f := frontStart(t, next, func(c *FrontConfig) { c.Users = users })
 	_, relay := frontAssociate(t, f, frontUnnamed)
 
 	self, err := os.Executable()

@@ -263,6 +263,9 @@ func (s *Switch) Run(ctx context.Context) error {
 				link = *e.Link
 			}
 			if attrs != nil {
+				if e.Kind == "switch" || e.Kind == "link" || e.Kind == "channel" {
+					attrs = append(attrs, "audit", e.Kind)
+				}
 				s.log.Info(e.Kind, attrs...)
 			}
 		}

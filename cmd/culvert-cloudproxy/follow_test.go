@@ -1,10 +1,12 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -93,6 +95,12 @@ func (e *echoing) echoes() error {
 
 func TestBothEndsFollowTheirFilesWhileASessionLives(t *testing.T) {
 	dir, address := initMake(t)
+	with, err := os.OpenFile(filepath.Join(dir, "cloudproxy.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(with, "log: {audit_file: audit.log}\n")
+	with.Close()
 	log := initCloud(t, dir, address)
 	in := func(name string) string { return filepath.Join(dir, name) }
 	token := func() (text, id string) {
@@ -202,9 +210,42 @@ func TestBothEndsFollowTheirFilesWhileASessionLives(t *testing.T) {
 	third, _ := token()
 	replace(t, in("token"), []byte(third))
 	until(t, "the sidecar runs again", func() bool { return s.Switch.Status().State == sidecar.Running })
+	audit, err := os.ReadFile(in("audit.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, secret := range []string{first, second, third} {
-		if strings.Contains(log.String(), strings.TrimSpace(secret)) {
-			t.Error("the log holds a token")
+		if strings.Contains(log.String()+string(audit), strings.TrimSpace(secret)) {
+			t.Error("the log or the audit holds a token")
 		}
+	}
+	// The first of each kind, in order.
+	want := []string{"started", "session_opened", "token_renewed", "changed", "not_changed", "policy_denied", "session_ended", "session_refused"}
+	var kinds []string
+	for line := range strings.Lines(string(audit)) {
+		var l struct{ Audit, App, Code, Why, Session, Token string }
+		if err := json.Unmarshal([]byte(line), &l); err != nil || len(line) > 1024 {
+			t.Fatalf("%v in %d bytes: %s", err, len(line), line)
+		}
+		if !slices.Contains(kinds, l.Audit) {
+			kinds = append(kinds, l.Audit)
+		}
+		switch l.Audit {
+		case "session_opened":
+			if l.App != "clinic" || l.Session == "" || l.Token == "" {
+				t.Errorf("%s", line)
+			}
+		case "session_ended", "session_refused":
+			if l.App != "clinic" || l.Code == "" || l.Why == "" {
+				t.Errorf("%s", line)
+			}
+		case "policy_denied":
+			if l.App != "clinic" || l.Code != string(tunnel.PolicyDenied) {
+				t.Errorf("%s", line)
+			}
+		}
+	}
+	if len(kinds) < len(want) || !slices.Equal(slices.Sorted(slices.Values(kinds[:len(want)])), slices.Sorted(slices.Values(want))) {
+		t.Errorf("the audit has %v, want %v\n%s", kinds, want, audit)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"culvert/cmd/internal/assemble"
 	"culvert/cmd/internal/config"
+	"culvert/tunnel"
 )
 
 func runCommand() *cli.Command {
@@ -46,7 +47,10 @@ func runCloudProxy(c *cli.Context) error {
 	if err := conf.Check(); err != nil {
 		return err
 	}
-	log := assemble.NewLog(conf.Log, c.App.ErrWriter)
+	log, err := assemble.NewLog(conf.Log, "", c.App.ErrWriter)
+	if err != nil {
+		return err
+	}
 	cloud, err := assemble.CloudProxyFrom(conf, log)
 	if err != nil {
 		return err
@@ -68,7 +72,9 @@ func runCloudProxy(c *cli.Context) error {
 			}
 		}()
 	}
-	log.Info("the cloud proxy listens, UDP and TCP", "address", cloud.Addr.String(), "known_as", conf.Address, "version", version)
+	log.Info("the cloud proxy listens, UDP and TCP", "audit", "started", "address", cloud.Addr.String(), "known_as", conf.Address, "version", version)
 	daemon.SdNotify(false, daemon.SdNotifyReady)
-	return cloud.Run(ctx)
+	err = cloud.Run(ctx)
+	log.Info("the cloud proxy has stopped", "audit", "stopped", "code", string(tunnel.CodeOf(err)))
+	return err
 }

@@ -90,7 +90,11 @@ func demo(c *cli.Context) (err error) {
 	if err := conf.Check(); err != nil {
 		return err
 	}
-	p, err := assemble.NewProcess(assemble.ProcessConfig{Sidecar: conf, Embedded: true, Version: "demo", Began: began, Log: assemble.NewLog(conf.Log, log)})
+	logger, err := assemble.NewLog(conf.Log, "", log)
+	if err != nil {
+		return err
+	}
+	p, err := assemble.NewProcess(assemble.ProcessConfig{Sidecar: conf, Embedded: true, Version: "demo", Began: began, Log: logger})
 	if err != nil {
 		return err
 	}

@@ -72,7 +72,10 @@ func runSidecar(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	log := assemble.NewLog(conf.Log, c.App.ErrWriter)
+	log, err := assemble.NewLog(conf.Log, conf.Identity.App, c.App.ErrWriter)
+	if err != nil {
+		return err
+	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)

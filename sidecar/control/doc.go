@@ -15,6 +15,10 @@
 // Origin, Referer or Sec-Fetch-* headers, for another Host, or with a body that
 // is not declared as JSON, are refused.
 //
-// It decides nothing and authenticates nobody: who may open the socket may
-// control the sidecar. What happens is the Backend's.
+// On a socket of Listen it answers root, the user that made it and the members
+// of its group, whatever the rights of the file have become, where the system
+// tells who asks. On TCP (ServeTCP) it answers who shows a token.
+//
+// It decides nothing, and does not tell one who may control the sidecar from
+// another. What happens is the Backend's.
 package control

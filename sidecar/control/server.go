@@ -3,6 +3,8 @@ package control
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"io"
@@ -11,7 +13,10 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"culvert/tunnel"
 )
@@ -35,9 +40,11 @@ type Config struct {
 
 // Server answers on a control socket.
 type Server struct {
-	b   Backend
-	log *slog.Logger
-	mux *http.ServeMux
+	b        Backend
+	log      *slog.Logger
+	mux      *http.ServeMux
+	refusals *rate.Limiter // of log lines
+	unlogged atomic.Int64
 }
 
 // NewServer checks the configuration.
@@ -48,7 +55,7 @@ func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{b: c.Backend, log: c.Log, mux: http.NewServeMux()}
+	s := &Server{b: c.Backend, log: c.Log, mux: http.NewServeMux(), refusals: rate.NewLimiter(10, 50)}
 	s.mux.HandleFunc("GET /v1/status", s.status)
 	s.mux.HandleFunc("POST /v1/start", s.start)
 	s.mux.HandleFunc("POST /v1/stop", s.stop)
@@ -59,10 +66,60 @@ func NewServer(c Config) (*Server, error) {
 	return s, nil
 }
 
-// Serve answers on l, which it closes, until ctx ends; it then returns nil.
+// Serve answers on l, which it closes, until ctx ends; it then returns nil. On a
+// socket of Listen only its user, root and members of its group are answered.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	gid := -1
+	if own, ok := l.(*listener); ok {
+		gid = own.gid
+	}
+	return s.serve(ctx, l, s, func(ctx context.Context, c net.Conn) context.Context {
+		return context.WithValue(ctx, refusalKey{}, peerRefused(c, gid))
+	})
+}
+
+// refusalKey is the key of why a connection's peer is not answered, a string.
+type refusalKey struct{}
+
+// ServeTCP answers on a loopback address, which it closes, until ctx ends. What
+// it answers must show the token and name exactly the listener as its host.
+// token is asked for each request.
+func (s *Server) ServeTCP(ctx context.Context, l net.Listener, token func() (string, error)) error {
+	host := l.Addr().String()
+	return s.serve(ctx, l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		why := foreign(r)
+		if why == "" && r.Host != host {
+			why = "the request is for another host; use http://" + host + "/v1/…"
+		}
+		if why != "" {
+			s.refuse(w, http.StatusForbidden, why)
+			return
+		}
+		want, err := token()
+		shown, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		a, b := sha256.Sum256([]byte(shown)), sha256.Sum256([]byte(want)) // of one length, whatever was shown
+		if err != nil || want == "" || !bearer || subtle.ConstantTimeCompare(a[:], b[:]) != 1 {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+			s.refuse(w, http.StatusUnauthorized, "the request does not show the token of control.token_file as Authorization: Bearer")
+			return
+		}
+		s.answer(w, r)
+	}), nil)
+}
+
+// refuse answers a request that is not its client's.
+func (s *Server) refuse(w http.ResponseWriter, status int, why string) {
+	if s.refusals.Allow() {
+		s.log.Warn("a control request was refused", "audit", "refused", "code", string(tunnel.NotPermitted), "why", why, "unlogged", s.unlogged.Swap(0))
+	} else {
+		s.unlogged.Add(1)
+	}
+	reply(w, status, errorReply{errorBody{Code: tunnel.NotPermitted, Text: why}})
+}
+
+func (s *Server) serve(ctx context.Context, l net.Listener, handler http.Handler, conn func(context.Context, net.Conn) context.Context) error {
 	h := &http.Server{
-		Handler: s, ReadHeaderTimeout: readTime, ReadTimeout: readTime, IdleTimeout: idleTime, MaxHeaderBytes: maxBody,
+		Handler: handler, ConnContext: conn, ReadHeaderTimeout: readTime, ReadTimeout: readTime, IdleTimeout: idleTime, MaxHeaderBytes: maxBody,
 		ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
@@ -86,14 +143,24 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 
 // ServeHTTP answers one request. It refuses all that a web page could send.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("Cache-Control", "no-store")
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-	if why := foreign(r); why != "" {
-		s.log.Warn("a control request was refused", "why", why)
-		reply(w, http.StatusForbidden, errorReply{errorBody{Code: tunnel.NotPermitted, Text: why}})
+	why, _ := r.Context().Value(refusalKey{}).(string)
+	if why == "" {
+		why = foreign(r)
+	}
+	// A name that was made to point here (DNS rebinding) stands in Host.
+	if host, _, _ := strings.Cut(r.Host, ":"); why == "" && host != Host && host != "localhost" {
+		why = "the request is for another host; use http://" + Host + "/v1/… on the socket"
+	}
+	if why != "" {
+		s.refuse(w, http.StatusForbidden, why)
 		return
 	}
+	s.answer(w, r)
+}
+
+// answer answers a request of its client.
+func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 	if r.Method != http.MethodGet && r.Method != http.MethodPost {
 		w.Header().Set("Allow", "GET, POST")
 		reply(w, http.StatusMethodNotAllowed, errorReply{errorBody{Code: tunnel.Unsupported, Text: "the control socket takes GET and POST only"}})
@@ -126,12 +193,6 @@ func foreign(r *http.Request) string {
 			return "the control socket does not serve web pages, and the request has the header " + name
 		}
 	}
-	// A name that was made to point here (DNS rebinding) stands in Host.
-	switch host, _, _ := strings.Cut(r.Host, ":"); host {
-	case Host, "localhost":
-	default:
-		return "the request is for another host; use http://" + Host + "/v1/… on the socket"
-	}
 	if r.Method == http.MethodPost && (r.ContentLength != 0 || r.Header.Get("Content-Type") != "") {
 		if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != contentJSON {
 			return "the body of a request must be declared as Content-Type: " + contentJSON
@@ -142,6 +203,8 @@ func foreign(r *http.Request) string {
 
 func reply(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", contentJSON)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	json.NewEncoder(w).Encode(v)
 }
@@ -265,6 +328,8 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) {
 	c := http.NewResponseController(w)
 	events := s.b.Events(ctx)
 	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Cache-Control", "no-store")
 	tick := time.NewTicker(keepAlive)
 	defer tick.Stop()
 	for {

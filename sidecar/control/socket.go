@@ -86,13 +86,14 @@ func Listen(path, group string) (net.Listener, error) {
 		os.Remove(early)
 		return nil, pathError(path, err)
 	}
-	return &listener{l, path}, nil
+	return &listener{l, path, gid}, nil
 }
 
 // listener removes its path when it is closed.
 type listener struct {
 	*net.UnixListener
 	path string
+	gid  int // whose members may use it; -1: none
 }
 
 func (l *listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }

@@ -51,6 +51,12 @@ func (l Limits) Or(m Limits) Limits {
 	return l
 }
 
+// asks bounds what a sidecar may ask for on its carriers: far more than its
+// streams, since each of them asks again after a loss. A sidecar beyond it is cut.
+func (l Limits) asks() *rate.Limiter {
+	return rate.NewLimiter(rate.Limit(4*l.OpensPerSecond), 4*(l.OpensPerSecond+l.Streams))
+}
+
 // FarConfig is what a far end needs. Next is required.
 type FarConfig struct {
 	Next   tunnel.Opener // where the session's traffic goes
@@ -79,6 +85,7 @@ type Far struct {
 	plane *plane
 	opens *rate.Limiter
 	renew *rate.Limiter
+	asks  *rate.Limiter // streams of carriers, whatever they are for
 	pacer *bulk.Pacer
 	share *resume.Share
 
@@ -112,7 +119,7 @@ func NewFar(cfg FarConfig) *Far {
 	cfg.Limits = cfg.Limits.withDefaults()
 	f := &Far{
 		cfg: cfg, control: newControl(),
-		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2),
+		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), asks: cfg.Limits.asks(),
 		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	if cfg.Memory == nil {
@@ -170,12 +177,22 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 		if s, err = c.AcceptStream(f.ctx); err != nil {
 			break
 		}
+		if !f.asks.Allow() {
+			why := tunnel.Errorf(tunnel.LimitExceeded, "the sidecar opens streams far faster than %d a second", f.cfg.Limits.OpensPerSecond)
+			s.Abort(why)
+			f.End(why)
+			err = why
+			break
+		}
 		streams.Go(func() { f.serveStream(s) })
 	}
 	if f.ctx.Err() != nil {
 		err = context.Cause(f.ctx) // why we end it, which the peer is told
 	} else if cause := c.Err(); cause != nil {
 		err = cause
+	}
+	if cause, ok := errors.AsType[*tunnel.Error](c.Err()); ok && cause.Code == tunnel.LimitExceeded {
+		f.End(cause) // else it comes again at once
 	}
 	c.Close(err)
 	streams.Wait()

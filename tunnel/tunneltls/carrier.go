@@ -66,7 +66,7 @@ func newCarrier(l *link, cfg *Config) (*carrier, error) {
 	done := make(chan struct{})
 	c := &carrier{
 		link: l, cfg: cfg,
-		frames:   &frames{link: l, buf: make([]byte, 0, maxPlaintext), done: done},
+		frames:   &frames{link: l, buf: make([]byte, 0, maxPlaintext), flood: newFloodMeter(), done: done},
 		accepted: make(chan *stream, backlog),
 		opening:  make(chan struct{}, 1),
 		slots:    make(chan struct{}, framesAtOnce),

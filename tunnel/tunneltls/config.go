@@ -36,7 +36,8 @@ type Config struct {
 	// 64). Connections that have not sent a ClientHello do not count.
 	Handshakes int
 	// Unauthenticated is how many connections a Listener holds before they are
-	// accepted (default 1000); more are closed at once.
+	// accepted (default 1000). A further one is closed at once, or the oldest of
+	// the source that has the most where that is another.
 	Unauthenticated int
 
 	// MaxStreams is how many streams a carrier has at most, both directions

@@ -34,6 +34,7 @@ const (
 type frames struct {
 	*link
 	buf    []byte // a header that waits; otherwise empty
+	flood  *floodMeter
 	unsent unsentSize
 	unread *unread
 	done   <-chan struct{} // the carrier has ended
@@ -85,6 +86,9 @@ func (f *frames) Read(p []byte) (int, error) {
 	n, err := f.link.Read(p[:f.unread.admit(len(p), f.done)])
 	f.unread.came(p[:n])
 	f.heard.Add(int64(n))
+	if flood := f.flood.read(p[:n]); flood != nil && err == nil {
+		n, err = 0, flood // none of it is answered
+	}
 	if err != nil {
 		f.failed(err)
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/crowd"
 )
 
 // listener implements tunnel.Listener.
@@ -25,7 +26,7 @@ import (
 type listener struct {
 	ln    net.Listener
 	cfg   Config
-	held  chan struct{} // connections that nobody has accepted yet
+	held  *crowd.Crowd  // connections that nobody has accepted yet
 	slots chan struct{} // handshakes in progress
 	ready chan *candidate
 	ctx   context.Context
@@ -45,7 +46,7 @@ func Listen(ln net.Listener, cfg Config) (tunnel.Listener, error) {
 	l := &listener{
 		ln:    ln,
 		cfg:   cfg,
-		held:  make(chan struct{}, cfg.Unauthenticated),
+		held:  crowd.New(cfg.Unauthenticated),
 		slots: make(chan struct{}, cfg.Handshakes),
 		ready: make(chan *candidate),
 	}
@@ -104,15 +105,15 @@ func (l *listener) serve() {
 			continue
 		}
 		pause = 5 * time.Millisecond
-		select {
-		case l.held <- struct{}{}:
-			l.wg.Go(func() {
-				defer func() { <-l.held }()
-				l.admit(conn)
-			})
-		default:
+		place, ok := l.held.Enter(addrPort(conn.RemoteAddr()).Addr(), func() { conn.Close() })
+		if !ok {
 			conn.Close()
+			continue
 		}
+		l.wg.Go(func() {
+			defer place.Leave()
+			l.admit(conn)
+		})
 	}
 }
 

@@ -135,7 +135,7 @@ func TestTheDocumentsMessagesAreReadAndWrittenAsItSays(t *testing.T) {
 		}
 	}
 	// Every message there is stands in the document.
-	for _, name := range []string{"open", "join", "welcome", "redirect", "refused", "control", "stream", "opened", "resume", "resumed", "closed", "go_away", "end"} {
+	for _, name := range []string{"open", "join", "welcome", "redirect", "refused", "control", "stream", "opened", "resume", "resumed", "closed", "go_away", "renew", "renewed", "end"} {
 		if !seen[name] {
 			t.Errorf("PROTOCOL.md has no example of %q", name)
 		}

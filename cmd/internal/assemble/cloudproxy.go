@@ -41,6 +41,7 @@ type CloudProxyParts struct {
 	Rules
 	Egress  egress.Config
 	Limits  session.Limits
+	Rate    int // bytes per second of each session, each way; 0: unbounded
 	Memory  int // bytes that the streams of all sessions keep; 0: the default
 	MaxWait time.Duration
 	Drain   time.Duration
@@ -92,6 +93,7 @@ func CloudProxyFrom(c *config.CloudProxy, log *slog.Logger) (*CloudProxy, error)
 		Listen: c.Listen, Address: c.Address, Region: c.Region, Certificate: cert, ALPN: c.ALPN, WebSocket: c.WebSocket, Rules: rules,
 		Egress:  out,
 		Limits:  session.Limits{Associations: c.Limits.Associations, Streams: c.Limits.Streams, OpensPerSecond: c.Limits.OpensPerSecond, StreamMemory: c.Limits.StreamMemory << 20},
+		Rate:    c.Limits.BytesPerSecond,
 		Memory:  c.Limits.TotalStreamMemory << 20,
 		MaxWait: time.Duration(c.Media.MaxWait), Drain: time.Duration(c.Drain), Log: log,
 	}
@@ -180,6 +182,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	c.guard = policy.NewGuard(c.egress, func(by tunnel.Peer) *policy.Policy { return c.rules.Load().of(by) })
+	c.guard.Denied = newDenials(p.Log).denied
 	c.resolve = egress.NewResolve(c.guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{
 		Listeners: listeners,
@@ -188,10 +191,11 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 			if err != nil {
 				return cloudproxy.Grant{}, err
 			}
+			app := c.rules.Load().Apps[o.App]
 			renew := func(token string) error { _, err := p.Renew(token); return err }
-			return cloudproxy.Grant{Next: c.resolve, Limits: c.rules.Load().Apps[o.App].Limits, Release: p.Release, Renew: renew, Check: p.Check}, nil
+			return cloudproxy.Grant{Next: c.resolve, Limits: app.Limits, Rate: app.Rate, Release: p.Release, Key: identity.Thumbprint(o.Key), Token: p.Claims().ID, Renew: renew, Check: p.Check}, nil
 		},
-		Limits: p.Limits, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
+		Limits: p.Limits, Rate: p.Rate, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(shut(err), c.egress.Close())

@@ -32,6 +32,8 @@ type Process struct {
 	backend *Backend
 	server  *control.Server
 	socket  net.Listener
+	tcp     net.Listener // for what can not use the socket; nil: none
+	token   func() (string, error)
 }
 
 // EmbeddedConfig is where a configuration without a file begins.
@@ -65,6 +67,15 @@ func NewProcess(c ProcessConfig) (p *Process, err error) {
 	if made.socket, err = control.Listen(made.Control, controlGroup(c.Sidecar.Control.Group)); err != nil {
 		return nil, err
 	}
+	if listen := c.Sidecar.Control.Listen; listen != "" {
+		made.token = c.Sidecar.Control.Token
+		if _, err := made.token(); err != nil {
+			return nil, err
+		}
+		if made.tcp, err = net.Listen("tcp", listen); err != nil {
+			return nil, cannotListen("TCP", listen, err)
+		}
+	}
 	made.backend = &Backend{Sidecar: made.Sidecar, Version: c.Version, Began: c.Began}
 	made.server, err = control.NewServer(control.Config{Backend: made.backend, Log: c.Log})
 	return made, err
@@ -94,12 +105,15 @@ func (p *Process) Run(ctx context.Context) error {
 	defer cancel()
 	cloudCtx, stopCloud := context.WithCancel(context.Background())
 	var near, far sync.WaitGroup
-	var errs [3]error
+	var errs [4]error
 	if p.Cloud != nil {
 		far.Go(func() { defer cancel(); errs[0] = p.Cloud.Run(cloudCtx) })
 	}
 	near.Go(func() { defer cancel(); errs[1] = p.Sidecar.Run(ctx) })
 	near.Go(func() { defer cancel(); errs[2] = p.server.Serve(ctx, p.socket) })
+	if p.tcp != nil {
+		near.Go(func() { defer cancel(); errs[3] = p.server.ServeTCP(ctx, p.tcp, p.token) })
+	}
 	near.Wait()
 	stopCloud()
 	far.Wait()
@@ -108,8 +122,10 @@ func (p *Process) Run(ctx context.Context) error {
 
 // close gives up what was made.
 func (p *Process) close() {
-	if p.socket != nil {
-		p.socket.Close()
+	for _, l := range []net.Listener{p.socket, p.tcp} {
+		if l != nil {
+			l.Close()
+		}
 	}
 	if p.Sidecar != nil {
 		p.Sidecar.Close()

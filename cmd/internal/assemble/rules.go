@@ -28,6 +28,7 @@ type Rules struct {
 type App struct {
 	Sessions int            // at once; 0: as its token says
 	Limits   session.Limits // of each session; zero fields: the general ones
+	Rate     int            // bytes per second of each session, each way; 0: as for all
 	Policy   *policy.Policy // nil: the general one
 }
 
@@ -48,7 +49,7 @@ func RulesFrom(c *config.CloudProxy) (r Rules, err error) {
 		r.Apps = map[string]App{}
 	}
 	for _, a := range c.Apps {
-		app := App{Sessions: a.Sessions, Limits: session.Limits{Associations: a.Limits.Associations, Streams: a.Limits.Streams, OpensPerSecond: a.Limits.OpensPerSecond}}
+		app := App{Sessions: a.Sessions, Rate: a.Limits.BytesPerSecond, Limits: session.Limits{Associations: a.Limits.Associations, Streams: a.Limits.Streams, OpensPerSecond: a.Limits.OpensPerSecond}}
 		if a.Policy != nil {
 			if app.Policy, err = policy.New(*a.Policy); err != nil {
 				return r, err
@@ -126,14 +127,14 @@ func (c *CloudProxy) follow(ctx context.Context, conf *config.CloudProxy) {
 			notTaken(c.log, err)
 			return
 		}
-		c.log.Info("the configuration was read again; policy, App IDs, keys and revocations are in force as they stand there")
+		c.log.Info("the configuration was read again; policy, App IDs, keys and revocations are in force as they stand there", auditKey, "changed")
 		needsRestart(c.log, config.Changed(was, next, "policy", "tokens", "apps"))
 		was = next
 	})
 }
 
 func notTaken(log *slog.Logger, err error) {
-	log.Error("a changed file can not be used, and what was in force before stays so", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
+	log.Error("a changed file can not be used, and what was in force before stays so", auditKey, "not_changed", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
 }
 
 func needsRestart(log *slog.Logger, keys []string) {
@@ -195,7 +196,7 @@ func (s *Sidecar) follow(ctx context.Context, conf *config.Sidecar) {
 			return
 		}
 		s.ChangePolicy(p)
-		s.log.Info("the configuration was read again; the policy is in force as it stands there")
+		s.log.Info("the configuration was read again; the policy is in force as it stands there", auditKey, "changed")
 		needsRestart(s.log, config.Changed(was, next, "policy"))
 		if conf.Capture != nil && conf.Capture.Profiles {
 			s.log.Warn("what is captured are the destinations of the policy at the start; start Culvert again to have those of the new one captured")

@@ -132,6 +132,13 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 		}
 		fc.Auth = sidecar.StaticAuth(c.Front.User, password)
 	}
+	users, err := LocalUsers(c.Front.Users)
+	if err != nil {
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "front.users: %s", tunnel.Sentence(err))
+	}
+	for _, u := range users {
+		fc.Users = append(fc.Users, u.UID)
+	}
 	if s.Front, err = sidecar.NewFront(fc); err != nil {
 		return nil, err
 	}
@@ -146,6 +153,12 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 // guard makes one that follows the sidecar's policy.
 func (s *Sidecar) guard(next tunnel.Opener) *policy.Guard {
 	g := policy.NewGuard(next, func(tunnel.Peer) *policy.Policy { return s.policy.Load() })
+	told := newDenials(s.log)
+	g.Denied = func(d policy.Denial) {
+		if d.Proto == policy.UDP || d.Live { // of other streams the front says so
+			told.denied(d)
+		}
+	}
 	s.guards = append(s.guards, g)
 	return g
 }

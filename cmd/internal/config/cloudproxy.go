@@ -69,6 +69,7 @@ type AppLimits struct {
 	Associations   int `yaml:"associations,omitempty"`
 	Streams        int `yaml:"streams,omitempty"`
 	OpensPerSecond int `yaml:"opens_per_second,omitempty"`
+	BytesPerSecond int `yaml:"bytes_per_second,omitempty"`
 }
 
 // Egress is where traffic leaves from.
@@ -117,6 +118,7 @@ type Limits struct {
 	Associations   int `yaml:"associations,omitempty"`
 	Streams        int `yaml:"streams,omitempty"`
 	OpensPerSecond int `yaml:"opens_per_second,omitempty"`
+	BytesPerSecond int `yaml:"bytes_per_second,omitempty"` // each way
 	// In MiB: of one session, and of all.
 	StreamMemory      int `yaml:"stream_memory,omitempty"`
 	TotalStreamMemory int `yaml:"total_stream_memory,omitempty"`
@@ -128,7 +130,7 @@ func ReadCloudProxy(file string) (*CloudProxy, error) {
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey, &c.Tokens.Revoked} {
+	for _, name := range []*string{&c.Certificate.CertFile, &c.Certificate.KeyFile, &c.ResetKey, &c.Tokens.Revoked, &c.Log.AuditFile} {
 		*name = beside(file, *name)
 	}
 	for i := range c.Tokens.PublicKeys {
@@ -152,7 +154,7 @@ func (c *CloudProxy) checkApps() error {
 			return missing("apps.id", "the App ID that its tokens name")
 		case seen[a.ID]:
 			return tunnel.Errorf(tunnel.ConfigInvalid, "apps: the App ID %.80q stands twice", a.ID)
-		case a.Sessions < 0 || a.Limits.Associations < 0 || a.Limits.Streams < 0 || a.Limits.OpensPerSecond < 0:
+		case a.Sessions < 0 || a.Limits.Associations < 0 || a.Limits.Streams < 0 || a.Limits.OpensPerSecond < 0 || a.Limits.BytesPerSecond < 0:
 			return tunnel.Errorf(tunnel.ConfigInvalid, "apps: a bound of %.80q is negative; leave it out for the general one", a.ID)
 		}
 		seen[a.ID] = true
@@ -228,7 +230,7 @@ func (c *CloudProxy) Check() error {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %d is not a number of MiB up to %d", name, n, maxStreamMemory)
 		}
 	}
-	for name, n := range map[string]int{"limits.associations": c.Limits.Associations, "limits.streams": c.Limits.Streams, "limits.opens_per_second": c.Limits.OpensPerSecond, "egress.associations": c.Egress.Associations, "egress.streams": c.Egress.Streams} {
+	for name, n := range map[string]int{"limits.associations": c.Limits.Associations, "limits.streams": c.Limits.Streams, "limits.opens_per_second": c.Limits.OpensPerSecond, "limits.bytes_per_second": c.Limits.BytesPerSecond, "egress.associations": c.Egress.Associations, "egress.streams": c.Egress.Streams} {
 		if n < 0 {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "%s: %d is negative", name, n)
 		}

@@ -2,6 +2,7 @@ package config
 
 import (
 	"net"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -70,12 +71,16 @@ type Front struct {
 	User           string `yaml:"user,omitempty"`
 	PasswordFile   string `yaml:"password_file,omitempty"`
 	MaxConnections int    `yaml:"max_connections,omitempty"`
+	Users          List   `yaml:"users,omitempty"` // of this machine, names or numbers; empty: all
 }
 
 // Control is the control socket.
 type Control struct {
 	Path  string `yaml:"path,omitempty"`
 	Group string `yaml:"group,omitempty"` // its members may control the sidecar; empty: the user alone
+	// A listener for what can not use the socket, and what it asks for.
+	Listen    string `yaml:"listen,omitempty"`
+	TokenFile string `yaml:"token_file,omitempty"`
 }
 
 // Media is how datagrams are treated.
@@ -87,6 +92,8 @@ type Media struct {
 type Log struct {
 	Level  string `yaml:"level,omitempty"`  // debug, info, warn or error
 	Format string `yaml:"format,omitempty"` // text or json
+	// AuditFile gets the lines about who did what, too, as JSON.
+	AuditFile string `yaml:"audit_file,omitempty"`
 }
 
 // DefaultListen is where apps find the proxy.
@@ -98,7 +105,7 @@ func ReadSidecar(file string) (*Sidecar, error) {
 	if err := read(file, c); err != nil {
 		return nil, err
 	}
-	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile} {
+	for _, name := range []*string{&c.CloudProxy.CAFile, &c.Proxy.PasswordFile, &c.Proxy.CAFile, &c.Identity.TokenFile, &c.Identity.KeyFile, &c.Front.PasswordFile, &c.Control.TokenFile, &c.Log.AuditFile} {
 		*name = beside(file, *name)
 	}
 	if !strings.Contains(c.Proxy.PAC, "://") {
@@ -123,6 +130,9 @@ func (c *Sidecar) Check() error {
 	}
 	if c.Front.MaxConnections < 0 {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "front.max_connections: %d is negative; leave it out for the default", c.Front.MaxConnections)
+	}
+	if err := c.Control.check(); err != nil {
+		return err
 	}
 	if err := c.Media.check(); err != nil {
 		return err
@@ -205,6 +215,36 @@ func (p *HTTPProxy) check() error {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "proxy: it needs both user and password_file, or neither")
 	}
 	return nil
+}
+
+// minControlToken is the least that a token must have, in bytes: nobody tries 16
+// random ones.
+const minControlToken = 16
+
+func (c *Control) check() error {
+	if (c.Listen == "") != (c.TokenFile == "") {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "control: it needs both listen and token_file, or neither")
+	}
+	if c.Listen == "" {
+		return nil
+	}
+	a, err := netip.ParseAddrPort(c.Listen)
+	if err != nil || !a.Addr().IsLoopback() {
+		return tunnel.Errorf(tunnel.ConfigInvalid, "control.listen: %.60q is not a loopback ADDRESS:PORT such as 127.0.0.1:1081; whoever reaches it hears the token", c.Listen)
+	}
+	return nil
+}
+
+// Token reads the token that the listener asks for.
+func (c *Control) Token() (string, error) {
+	t, err := secret(c.TokenFile)
+	if err != nil {
+		return "", field("control.token_file", err)
+	}
+	if len(t) < minControlToken {
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "control.token_file: %s holds %d bytes, and at least %d are needed; 'openssl rand -hex 16' makes a token", c.TokenFile, len(t), minControlToken)
+	}
+	return t, nil
 }
 
 // maxWait is more than any call can use, and less than what a lane's 16-bit

@@ -1,0 +1,108 @@
+package sidecar
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/tunnel"
+)
+
+func TestOnlyTheUsersThatAreNamedMayUseTheFront(t *testing.T) {
+	me := uint32(os.Getuid())
+	echo := frontUDPEcho(t)
+	for name, c := range map[string]struct {
+		users []uint32
+		may   bool
+	}{
+		"everybody":  {nil, true},
+		"me":         {[]uint32{4242, me}, true},
+		"others":     {[]uint32{4242, 4243}, false},
+		"not root":   {[]uint32{me + 1}, false},
+		"the number": {[]uint32{me}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			next := &frontDirect{}
+			f := frontStart(t, next, func(fc *FrontConfig) { fc.Users = c.users })
+			l := frontListen(t)
+			defer l.Close()
+			go func() {
+				for {
+					conn, err := l.Accept()
+					if err != nil {
+						return
+					}
+					conn.Close()
+				}
+			}()
+			to := tunnel.TargetOf(addrPort(l.Addr()))
+
+			s := frontDial(t, f)
+			s.Write(append(bytes.Clone(frontGreet), frontRequestBytes(1, to)...))
+			if got := frontRead(t, s, 12); (got[3] == 0) != c.may || !c.may && got[3] != 2 {
+				t.Errorf("CONNECT: reply %x", got)
+			}
+			h := frontDial(t, f)
+			io.WriteString(h, "CONNECT "+to.String()+" HTTP/1.1\r\nHost: x\r\n\r\n")
+			h.SetReadDeadline(time.Now().Add(frontPatience))
+			head := make([]byte, 1024)
+			n, _ := io.ReadAtLeast(h, head, 12)
+			if text := string(head[:n]); strings.HasPrefix(text, "HTTP/1.1 200") != c.may || !c.may && !strings.HasPrefix(text, "HTTP/1.1 403") {
+				t.Errorf("HTTP: %q", text)
+			}
+			if !c.may {
+				a := frontDial(t, f)
+				a.Write(append(bytes.Clone(frontGreet), appendSOCKSAddr([]byte{5, 3, 0}, frontUnnamed)...))
+				if got := frontRead(t, a, 12); got[3] != 2 {
+					t.Errorf("ASSOCIATE: reply %x", got)
+				}
+				if st := f.Stats(); st.Refused[string(tunnel.NotPermitted)] != 3 || st.Streams != 0 || st.Associations != 0 {
+					t.Errorf("counted %+v", st)
+				}
+				return
+			}
+			_, relay := frontAssociate(t, f, frontUnnamed)
+			app := frontApp(t, relay)
+			app.Write(frontDatagram(tunnel.TargetOf(echo), "mine"))
+			frontExpect(t, app, echo, "mine")
+		})
+	}
+}
+
+// Those who may not use the front can hold all that is theirs, and those who may
+// are served.
+func TestConnectionsOfOtherUsersTakeNoPlaces(t *testing.T) {
+	f := frontStart(t, &frontDirect{}, func(fc *FrontConfig) { fc.Users = []uint32{uint32(os.Getuid()) + 1} })
+	var silent []net.Conn
+	for range 3 * maxStrangers {
+		silent = append(silent, frontDial(t, f))
+	}
+	frontEventually(t, "those beyond the bound are closed", func() bool { return f.Stats().Open <= maxStrangers })
+	for _, c := range silent {
+		c.Close()
+	}
+}
+
+func TestWhatIsNotOfThisMachineIsNobodys(t *testing.T) {
+	c := &frontConn{from: netip.MustParseAddrPort("192.0.2.1:4444")}
+	l := frontListen(t)
+	defer l.Close()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	c.TCPConn = conn.(*net.TCPConn)
+	f := &Front{users: []uint32{uint32(os.Getuid())}}
+	if err := f.strange(c); tunnel.CodeOf(err) != tunnel.NotPermitted {
+		t.Errorf("got %v", err)
+	}
+	if (&socketOwner{strict: true}).owns(c.from, addrPort(l.Addr())) || !(&socketOwner{}).owns(c.from, addrPort(l.Addr())) {
+		t.Error("who is not known owns a socket where users are named, or does not where they are not")
+	}
+}

@@ -1,0 +1,59 @@
+package session
+
+import (
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"culvert/tunnel"
+	"culvert/tunnel/tunneltest"
+)
+
+// A reconnect with every stream that there may be is no flood, and what goes on
+// beyond that is.
+func TestWhatIsAskedOnCarriersIsBoundedFarAboveWhatMayBeOpen(t *testing.T) {
+	l := Limits{}.withDefaults()
+	asks := l.asks()
+	for range l.Streams + l.OpensPerSecond + 1 {
+		if !asks.Allow() {
+			t.Fatal("a session that comes back with all its streams is cut")
+		}
+	}
+	for range 8 * (l.Streams + l.OpensPerSecond) {
+		if !asks.Allow() {
+			return
+		}
+	}
+	t.Error("there is no end")
+}
+
+func TestASidecarThatFloodsWithStreamsIsCutAndOthersAreNot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ended := make(chan error, 1)
+		p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{Limits: Limits{OpensPerSecond: 10, Streams: 10}, Ended: func(err error) { ended <- err }})
+		defer p.end()
+		other := join(t, NewNear(0), tunneltest.Config{}, FarConfig{})
+		defer other.end()
+		began := time.Now()
+		carrier := p.at.carriers[0].carrier
+		for n := range 1000 {
+			s, err := carrier.OpenStream(t.Context())
+			if err != nil {
+				t.Logf("ended after %d streams: %v", n, err)
+				break
+			}
+			s.Abort(nil)
+			time.Sleep(time.Millisecond)
+		}
+		err := <-ended
+		if took := time.Since(began); !errors.Is(err, tunnel.LimitExceeded) || took > 2*time.Second {
+			t.Errorf("after %v: %v", took, err)
+		}
+		s, err := other.near.OpenStream(t.Context(), tunnel.Peer{}, alpha)
+		if err != nil {
+			t.Fatalf("another session: %v", err)
+		}
+		s.Close()
+	})
+}
