@@ -196,8 +196,12 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		err = tunnel.Errorf(tunnel.Internal, "the connection begins with a message that does not belong there")
 	}
 	if err != nil {
-		s.logRefusal(c, err)
-		wire.Write(c, wire.RefusedBy(err)) // if it can not be told it has gone
+		if m.Join == nil || m.Join.Session != "" { // else it only asks for the time
+			s.logRefusal(c, err)
+		}
+		no := wire.RefusedBy(err)
+		no.Refused.Time = time.Now().UTC().Truncate(time.Millisecond) // a sidecar whose clock is wrong learns why
+		wire.Write(c, no)                                             // if it can not be told it has gone
 		lingerClose(c)
 		return nil
 	}
