@@ -56,10 +56,12 @@ var own = map[string][]string{
 	"sidecar/channel":       {},
 	"sidecar/capture":       {"tunnel", "tunnel/netio"},
 	"sidecar/capture/rules": {"tunnel"},
-	"sidecar/control":       {"tunnel", "sidecar", "sidecar/channel", "sidecar/capture"},
+	"sidecar/check":         {"tunnel", "tunnel/wire"},
+	"sidecar/control":       {"tunnel", "sidecar", "sidecar/channel", "sidecar/capture", "sidecar/check"},
 	"cloudproxy":            {"tunnel", "tunnel/wire", "tunnel/session", "tunnel/resume", "tunnel/crowd"},
 	"cloudproxy/identity":   {"tunnel"},
 	"cloudproxy/egress":     {"tunnel", "tunnel/netio"},
+	"cloudproxy/echo":       {"tunnel", "tunnel/wire"},
 	"cmd/...": {
 		"tunnel", "tunnel/wire", "tunnel/media", "tunnel/session", "tunnel/uplink", "tunnel/tunnelquic", "tunnel/tunneltls", "tunnel/httpproxy", "tunnel/websocket",
 		"policy", "sidecar/...", "cloudproxy/...", "cmd/internal/...",
@@ -74,6 +76,7 @@ var why = map[string]string{
 	"sidecar":         "it must work with any Opener; cmd joins it to a tunnel",
 	"policy":          "its decisions are pure",
 	"sidecar/capture": "it must work with any Opener; cmd joins it to a tunnel and to the rules",
+	"sidecar/check":   "cmd hands in how to dial, and a link; the test of a path must not depend on its parts",
 	"cloudproxy":      "carriers, tokens and policy are handed in by cmd",
 }
 

@@ -217,8 +217,12 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
 		}
 		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
-		s.logRefusal(c, app, err)
-		wire.Write(c, wire.RefusedBy(err)) // if it can not be told it has gone
+		if m.Join == nil || m.Join.Session != "" { // else it only asks for the time
+			s.logRefusal(c, app, err)
+		}
+		no := wire.RefusedBy(err)
+		no.Refused.Time = time.Now().UTC().Truncate(time.Millisecond) // a sidecar whose clock is wrong learns why
+		wire.Write(c, no)                                             // if it can not be told it has gone
 		lingerClose(c)
 		return nil
 	}

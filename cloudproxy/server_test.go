@@ -602,6 +602,21 @@ func (w *world) join(t *testing.T, k byte, session, as string) (tunnel.Candidate
 	return c, m, err
 }
 
+func TestWhoeverAsksToJoinNoSessionLearnsTheTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		c, m, err := w.join(t, 0, "", wire.AsLane)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown || time.Since(m.Refused.Time).Abs() > time.Second {
+			t.Errorf("at %v it is answered with %+v", time.Now(), m.Refused)
+		}
+	})
+}
+
 func TestAJoinNeedsTheSessionsKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()

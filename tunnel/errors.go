@@ -16,8 +16,10 @@ type Code string
 
 // The codes. Those of the second group say what a destination answered.
 const (
+	CaptivePortal        Code = "captive_portal" // a network's sign-in page answers in the cloud proxy's place
 	CertificateUntrusted Code = "certificate_untrusted"
 	ChannelActive        Code = "channel_active"
+	ClockWrong           Code = "clock_wrong" // this machine's
 	CloudUnreachable     Code = "cloud_unreachable"
 	ConfigInvalid        Code = "config_invalid"
 	LimitExceeded        Code = "limit_exceeded"

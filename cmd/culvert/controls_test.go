@@ -13,6 +13,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"culvert/sidecar/check"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
 )
@@ -41,6 +42,9 @@ func (f controlsFake) Stop(_ context.Context, _ time.Duration, force bool) (bool
 func (f controlsFake) Channels() []control.Channel { return []control.Channel{controlsCall} }
 func (f controlsFake) Join(string, int) error      { return nil }
 func (f controlsFake) Leave(string) bool           { return false }
+func (f controlsFake) Media(context.Context, time.Duration) (check.Way, error) {
+	return check.Way{}, tunnel.Unsupported
+}
 func (f controlsFake) Events(context.Context) <-chan control.Event {
 	c := make(chan control.Event, 1)
 	c <- control.Event{Kind: "change", Change: &tunnel.Change{What: tunnel.ChangedCarrier, From: "quic", Cause: tunnel.CloudUnreachable}}

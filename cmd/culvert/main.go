@@ -8,6 +8,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -32,6 +33,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
                 curl --socks5-hostname 127.0.0.1:1080 https://example.net/
 
 For real:       culvert-cloudproxy init --host HOST --dir DIR     outside; makes culvert.yaml
+                culvert check -c culvert.yaml                     here: can it make calls, and if not, why
                 culvert run -c culvert.yaml                       here
 
 Then:           culvert status                what carries the traffic, and why
@@ -39,13 +41,13 @@ Then:           culvert status                what carries the traffic, and why
                 culvert stop --wait 30s       when the calls have ended
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
-4 no sidecar answers on the control socket.`,
+4 no sidecar answers on the control socket, 5 usable but degraded (check).`,
 		HideHelpCommand: true,
 		Suggest:         true,
 		Writer:          stdout,
 		ErrWriter:       stderr,
 		Reader:          os.Stdin,
-		Commands:        append(append([]*cli.Command{runCommand()}, controlCommands()...), captureCommand(), policyCommand()),
+		Commands:        append(append([]*cli.Command{runCommand(), checkCommand()}, controlCommands()...), captureCommand(), policyCommand()),
 		ExitErrHandler:  func(*cli.Context, error) {}, // the code comes from exitCode
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 0 {
@@ -60,7 +62,8 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
 		}
 	}
 	err := app.RunContext(ctx, args)
-	if err != nil {
+	var told checkFailed
+	if err != nil && !errors.As(err, &told) {
 		fmt.Fprintln(stderr, "culvert:", err)
 	}
 	return exitCode(err)

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"culvert/sidecar/check"
 	"culvert/tunnel"
 )
 
@@ -73,6 +74,12 @@ func (c *Client) Stop(ctx context.Context, wait time.Duration, force bool) (d Do
 	}
 	err = c.call(ctx, http.MethodPost, "/v1/stop", q, &d)
 	return d, err
+}
+
+// Media sends a test call through the sidecar's tunnel for so long.
+func (c *Client) Media(ctx context.Context, d time.Duration) (w check.Way, err error) {
+	err = c.call(ctx, http.MethodPost, "/v1/media", mediaRequest{d.String()}, &w)
+	return w, err
 }
 
 // Channels lists live and quiet channels.

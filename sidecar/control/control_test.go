@@ -18,6 +18,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"culvert/sidecar/check"
 	"culvert/tunnel"
 )
 
@@ -75,6 +76,12 @@ func (f *fake) Stop(ctx context.Context, wait time.Duration, force bool) (bool, 
 	return force, f.err
 }
 
+func (f *fake) Media(_ context.Context, d time.Duration) (check.Way, error) {
+	if d == 2*time.Second {
+		return check.Way{}, tunnel.Errorf(tunnel.LimitExceeded, "another one runs")
+	}
+	return check.Way{Carrier: "quic", Way: "sealed", Audio: check.Kind{Grade: check.GradeGood, Up: check.Figures{Sent: int(d / time.Second), Loss: 0.25}}}, nil
+}
 func (f *fake) Channels() []Channel { return []Channel{{Name: "zoom/7", App: "zoom"}} }
 func (f *fake) Join(name string, pid int) error {
 	f.did("join " + name)
@@ -187,6 +194,10 @@ func TestServerReadsBodiesStrictly(t *testing.T) {
 		{"/v1/stop", `{`, 400, "not what this call takes"},
 		{"/v1/start", `{"mode":"sctp"}`, 400, "use auto, udp or tcp"},
 		{"/v1/stop", `{"wait":"` + strings.Repeat("x", maxBody) + `"}`, 400, "longer than"},
+		{"/v1/media", `{"for":"4s"}`, 200, `"way":"sealed"`},
+		{"/v1/media", `{"for":"2s"}`, 429, "limit_exceeded"},
+		{"/v1/media", `{"for":"2m"}`, 400, "such as 10s"},
+		{"/v1/media", `{}`, 400, "such as 10s"},
 		{"/v2/stop", `{}`, 404, "no such request"},
 	} {
 		f := &fake{}
@@ -205,6 +216,9 @@ func TestClientSpeaksWithServer(t *testing.T) {
 	f := &fake{}
 	c, _ := serve(t, f)
 	ctx := t.Context()
+	if w, err := c.Media(ctx, 4*time.Second); err != nil || w.Way != "sealed" || w.Audio.Up.Sent != 4 || w.Audio.Up.Loss != 0.25 {
+		t.Errorf("media: %+v, %v", w, err)
+	}
 	if st, err := c.Status(ctx); err != nil || st.State != "running" || st.Link.Carrier != "quic" || st.Channels == nil {
 		t.Fatal(st, err)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"culvert/sidecar/check"
 	"culvert/tunnel"
 )
 
@@ -62,6 +63,7 @@ func NewServer(c Config) (*Server, error) {
 	s.mux.HandleFunc("GET /v1/channels", s.channels)
 	s.mux.HandleFunc("POST /v1/channels/{name}/join", s.join)
 	s.mux.HandleFunc("POST /v1/channels/{name}/leave", s.leave)
+	s.mux.HandleFunc("POST /v1/media", s.media)
 	s.mux.HandleFunc("GET /v1/events", s.events)
 	return s, nil
 }
@@ -167,7 +169,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if _, pattern := s.mux.Handler(r); pattern == "" {
-		reply(w, http.StatusNotFound, errorReply{errorBody{Code: tunnel.Unsupported, Text: "there is no such request; those are GET /v1/status, /v1/channels and /v1/events, POST /v1/start, /v1/stop and /v1/channels/NAME/join or /leave"}})
+		reply(w, http.StatusNotFound, errorReply{errorBody{Code: tunnel.Unsupported, Text: "there is no such request; those are GET /v1/status, /v1/channels and /v1/events, POST /v1/start, /v1/stop, /v1/media and /v1/channels/NAME/join or /leave"}})
 		return
 	}
 	b, err := io.ReadAll(r.Body)
@@ -255,6 +257,26 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 		st.Channels = []Channel{}
 	}
 	reply(w, http.StatusOK, st)
+}
+
+func (s *Server) media(w http.ResponseWriter, r *http.Request) {
+	var q mediaRequest
+	err := decode(r, &q)
+	var d time.Duration
+	if err == nil {
+		if d, err = time.ParseDuration(q.For); err != nil || d <= 0 || d > maxMedia {
+			err = tunnel.Errorf(tunnel.ConfigInvalid, "for: %.40q is not a time of at most %v, such as 10s", q.For, maxMedia)
+		}
+	}
+	var way check.Way
+	if err == nil {
+		way, err = s.b.Media(r.Context(), d)
+	}
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	reply(w, http.StatusOK, way)
 }
 
 func (s *Server) channels(w http.ResponseWriter, _ *http.Request) {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"culvert/sidecar/capture"
+	"culvert/sidecar/check"
 	"culvert/tunnel"
 )
 
@@ -101,6 +102,8 @@ type Backend interface {
 	Channels() []Channel
 	Join(name string, pid int) error
 	Leave(name string) (there bool)
+	// Media sends a test call through the tunnel and says how it fared.
+	Media(ctx context.Context, d time.Duration) (check.Way, error)
 	// Events returns the state now and then each change, until ctx ends.
 	Events(ctx context.Context) <-chan Event
 }
@@ -113,6 +116,13 @@ type stopRequest struct {
 	Wait  string `json:"wait"`
 	Force bool   `json:"force"`
 }
+
+type mediaRequest struct {
+	For string `json:"for"`
+}
+
+// maxMedia bounds a test call.
+const maxMedia = time.Minute
 
 type joinRequest struct {
 	PID int `json:"pid"`

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 	"unicode"
 
 	"culvert/tunnel"
@@ -132,6 +133,7 @@ type Redirect struct {
 type Refused struct {
 	Code tunnel.Code `json:"code"`
 	Text string      `json:"text"`
+	Time time.Time   `json:"time,omitzero"` // the cloud proxy's clock; zero: it does not say. It answers Open and Join
 }
 
 // Control makes a stream the session's control stream, or goes on with the one

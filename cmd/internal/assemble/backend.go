@@ -11,6 +11,7 @@ import (
 	"culvert/sidecar"
 	"culvert/sidecar/capture"
 	"culvert/sidecar/channel"
+	"culvert/sidecar/check"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
 	"culvert/tunnel/media"
@@ -37,6 +38,8 @@ type Backend struct {
 
 	// Ready says that the first start has been decided, whichever way.
 	Ready atomic.Bool
+
+	measuring atomic.Bool // a test call runs
 }
 
 // Status implements control.Backend.
@@ -90,6 +93,20 @@ func active(err error) error {
 		return &control.ActiveError{Channels: channels(a.Channels), Err: err}
 	}
 	return err
+}
+
+// Media implements control.Backend. It passes the front and the policy by: the
+// cloud proxy's echo is nobody's destination, and the test call no channel.
+func (b *Backend) Media(ctx context.Context, d time.Duration) (check.Way, error) {
+	if !b.measuring.CompareAndSwap(false, true) {
+		return check.Way{}, tunnel.Errorf(tunnel.LimitExceeded, "another test call runs; wait until it has ended")
+	}
+	defer b.measuring.Store(false)
+	w, err := check.Measure(ctx, b.Sidecar.Link, d)
+	if link := b.Sidecar.Switch.Status().Link; err == nil {
+		w.Carrier, w.Way = link.Carrier, link.Way
+	}
+	return w, err
 }
 
 // Channels implements control.Backend.

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"culvert/cloudproxy"
+	"culvert/cloudproxy/echo"
 	"culvert/cloudproxy/egress"
 	"culvert/cloudproxy/identity"
 	"culvert/cmd/internal/config"
@@ -26,6 +27,7 @@ import (
 	"culvert/tunnel/tunneltls"
 	"culvert/tunnel/uplink"
 	"culvert/tunnel/websocket"
+	"culvert/tunnel/wire"
 )
 
 // CloudProxyParts is what a cloud proxy is made of, with every file read.
@@ -126,7 +128,7 @@ func egressConfig(c *config.Egress) (egress.Config, error) {
 
 // NewCloudProxy makes the cloud proxy:
 //
-//	listeners ──► server ──► session ──► resolve ──► guard ──► egress
+//	listeners ──► server ──► session ──► echo ──► resolve ──► guard ──► egress
 func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 	if len(p.ALPN) == 0 {
 		p.ALPN = []string{uplink.DefaultALPN}
@@ -193,7 +195,7 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 			}
 			app := c.rules.Load().Apps[o.App]
 			renew := func(token string) error { _, err := p.Renew(token); return err }
-			return cloudproxy.Grant{Next: c.resolve, Limits: app.Limits, Rate: app.Rate, Release: p.Release, Key: identity.Thumbprint(o.Key), Token: p.Claims().ID, Renew: renew, Check: p.Check}, nil
+			return cloudproxy.Grant{Next: echo.New(c.resolve, c.echoAllowed(o.App)), Limits: app.Limits, Rate: app.Rate, Release: p.Release, Key: identity.Thumbprint(o.Key), Token: p.Claims().ID, Renew: renew, Check: p.Check}, nil
 		},
 		Limits: p.Limits, Rate: p.Rate, Memory: p.Memory, Address: p.Address, Region: p.Region, Proxies: p.Proxies, Lanes: tunneltls.Lanes(), Age: p.MaxWait, Drain: p.Drain, Log: p.Log,
 	})
@@ -238,6 +240,18 @@ func listenTLS(tcp net.Listener, p *CloudProxyParts, conf tunneltls.Config) ([]t
 		return nil, err
 	}
 	return []tunnel.Listener{outside, inside}, nil
+}
+
+// echoAllowed says whether the policy of an App ID lets the cloud proxy echo:
+// unless a rule denies it by its name, since to send back what came reaches
+// nobody.
+func (c *CloudProxy) echoAllowed(app string) func() error {
+	return func() error {
+		if d := c.rules.Load().of(tunnel.Peer{App: app}).Decide(policy.UDP, wire.Echo); d.Rule != nil && !d.Allow {
+			return policy.Denied(policy.UDP, wire.Echo, d)
+		}
+		return nil
+	}
 }
 
 // Run serves until ctx ends and lets live calls finish, as cloudproxy.Server

@@ -30,23 +30,29 @@ func throughProxy(c *config.HTTPProxy, below *net.Dialer) (*httpproxy.Dialer, er
 		return nil, err
 	}
 	conf := &tls.Config{RootCAs: roots}
-	var choose httpproxy.Chooser
+	choose, err := chooseProxy(c, conf, below)
+	if err != nil {
+		return nil, err
+	}
+	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: below.DialContext})
+}
+
+// chooseProxy says which proxy leads to an address, if any.
+func chooseProxy(c *config.HTTPProxy, conf *tls.Config, below *net.Dialer) (httpproxy.Chooser, error) {
 	switch {
 	case c.PAC != "":
 		pac := &httpproxy.PAC{Source: c.PAC, TLS: conf, Dial: below.DialContext}
-		choose = httpproxy.Except(c.NoProxy, pac.Choose)
+		return httpproxy.Except(c.NoProxy, pac.Choose), nil
 	case c.URL == "":
-		choose = httpproxy.Except(c.NoProxy, httpproxy.Environment())
+		return httpproxy.Except(c.NoProxy, httpproxy.Environment()), nil
 	case c.URL == config.NoProxy:
-		choose = httpproxy.Direct
-	default:
-		u, err := httpproxy.ParseURL(c.URL)
-		if err != nil {
-			return nil, err
-		}
-		choose = httpproxy.Fixed(u, c.NoProxy)
+		return httpproxy.Direct, nil
 	}
-	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: below.DialContext})
+	u, err := httpproxy.ParseURL(c.URL)
+	if err != nil {
+		return nil, err
+	}
+	return httpproxy.Fixed(u, c.NoProxy), nil
 }
 
 // hostAlone dials the host of an address that is a URL: UDP knows no WebSockets,

@@ -3,6 +3,7 @@ package assemble
 import (
 	"cmp"
 	"context"
+	"crypto/ed25519"
 	"crypto/x509"
 	"errors"
 	"log/slog"
@@ -68,7 +69,11 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 			made.Close()
 		}
 	}()
-	link, err := newUplink(c, s.changes.told, s.renewed, log)
+	key, err := sidecarKey(c.Identity.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	link, err := newUplink(c, key, s.changes.told, s.renewed, log)
 	if err != nil {
 		return nil, err
 	}
@@ -163,11 +168,7 @@ func (s *Sidecar) guard(next tunnel.Opener) *policy.Guard {
 	return g
 }
 
-func newUplink(c *config.Sidecar, changed, renewed <-chan struct{}, log *slog.Logger) (*uplink.Uplink, error) {
-	key, err := sidecarKey(c.Identity.KeyFile)
-	if err != nil {
-		return nil, err
-	}
+func newUplink(c *config.Sidecar, key ed25519.PrivateKey, changed, renewed <-chan struct{}, log *slog.Logger) (*uplink.Uplink, error) {
 	if _, err := c.Identity.TokenNow(); err != nil {
 		return nil, err
 	}

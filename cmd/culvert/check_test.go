@@ -1,0 +1,73 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/sidecar/check"
+)
+
+func TestCheckUsage(t *testing.T) {
+	t.Chdir(t.TempDir())
+	t.Setenv("CULVERT_CONFIG", "")
+	if _, err := os.Stat("/etc/culvert/culvert.yaml"); err != nil {
+		if _, bad := runWant(t, 2, "check"); !strings.Contains(bad, "-c culvert.yaml") {
+			t.Errorf("without a configuration: %s", bad)
+		}
+	}
+	for want, args := range map[string][]string{
+		"takes no arguments": {"check", "-c", "x", "y"},
+		"between 500ms":      {"check", "-c", "x", "--media", "0s"},
+		"1m0s":               {"check", "-c", "x", "--media", "2m"},
+		"is not a mode":      {"check", "-c", "x", "--mode", "sctp"},
+		"--report":           {"check", "-c", "x", "--report", filepath.Join(t.TempDir(), "no", "folder")},
+		"not defined":        {"check", "--nonsense"},
+	} {
+		if _, bad := runWant(t, 2, args...); !strings.Contains(bad, want) {
+			t.Errorf("%v: %s", args, bad)
+		}
+	}
+}
+
+func TestCheckNamesWhatIsWrongWithTheConfiguration(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "culvert.yaml")
+	for text, want := range map[string]struct{ code, says string }{
+		"": {"config_invalid", "cloud_proxy.address"},
+		"cloud_proxy: {address: a.example, nonsense: 1}\n":                                                  {"config_invalid", "nonsense"},
+		"cloud_proxy: {address: a.example}\nidentity: {app: x, token: not-a-token}\n":                       {"token_rejected", "not a token"},
+		"cloud_proxy: {address: a.example}\nidentity: {app: x, token_file: none}\n":                         {"config_invalid", "none"},
+		"cloud_proxy: {address: a.example}\nidentity: {app: x, token: y}\npolicy: {profiles: [nonsense]}\n": {"config_invalid", "nonsense"},
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out, _ := runWant(t, 1, "check", "-c", file, "--json")
+		var r check.Report
+		if err := json.Unmarshal([]byte(out), &r); err != nil || string(r.Code) != want.code || !strings.Contains(r.Sentence, want.says) || r.Verdict != check.Failed || len(r.Steps) != 1 {
+			t.Errorf("%q: %v\n%s", text, err, out)
+		}
+		if out, _ = runWant(t, 1, "check", "-c", file); !strings.Contains(out, "Not usable: ") || !strings.Contains(out, "\nNext: ") {
+			t.Errorf("in words: %s", out)
+		}
+	}
+}
+
+func TestCheckPrintsFiguresAndOneSentence(t *testing.T) {
+	f := check.Figures{Sent: 500, Arrived: 495, Loss: 0.01, Delay: 20 * time.Millisecond, P99: 31500 * time.Microsecond, Gap: 45 * time.Millisecond}
+	k := check.Kind{Up: f, Down: f, Grade: check.GradeAcceptable}
+	r := &check.Report{Verdict: check.Degraded, Sentence: "it is so", Next: "do this", Ways: []*check.Way{{Carrier: "tls", Way: "lanes", Audio: k, Video: k}}}
+	var b bytes.Buffer
+	if err := (&checkOutput{w: &b}).conclusion(r); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"lanes", "audio up", "video down", "1.0 %", "20.0 ms", "31.5 ms", "acceptable", "\nUsable, but: it is so.\nNext: do this.\n"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("%q is missing in\n%s", want, &b)
+		}
+	}
+}
