@@ -216,8 +216,8 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		if m.Open != nil {
 			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
 		}
+		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
 		if m.Join == nil || m.Join.Session != "" { // else it only asks for the time
-			s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
 			s.logRefusal(c, app, err)
 		}
 		no := wire.RefusedBy(err)
