@@ -177,7 +177,15 @@ func TestFilesThatChangeAreNoticed(t *testing.T) {
 	}
 	write(file, "a")
 	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex // guards heard
 		var heard []bool
+		take := func() []bool {
+			mu.Lock()
+			defer mu.Unlock()
+			all := heard
+			heard = nil
+			return all
+		}
 		ask := make(chan struct{}, 1)
 		ctx, cancel := context.WithCancel(t.Context())
 		known := assemble.Stamps([]string{file})
@@ -185,7 +193,7 @@ func TestFilesThatChangeAreNoticed(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			assemble.Follow(ctx, known, func() []string { return []string{file, "", filepath.Join(dir, "missing")} }, ask, func(asked bool) { heard = append(heard, asked) })
+			assemble.Follow(ctx, known, func() []string { return []string{file, "", filepath.Join(dir, "missing")} }, ask, func(asked bool) { mu.Lock(); defer mu.Unlock(); heard = append(heard, asked) })
 		}()
 		for _, c := range []struct {
 			name   string
@@ -206,19 +214,18 @@ func TestFilesThatChangeAreNoticed(t *testing.T) {
 				}
 			}, 1},
 		} {
-			heard = nil
+			take()
 			c.change()
 			time.Sleep(1100 * time.Millisecond)
 			synctest.Wait()
-			if len(heard) != c.want || len(heard) > 0 && heard[0] {
-				t.Errorf("%s: told %v, want %d times, unasked", c.name, heard, c.want)
+			if got := take(); len(got) != c.want || len(got) > 0 && got[0] {
+				t.Errorf("%s: told %v, want %d times, unasked", c.name, got, c.want)
 			}
 		}
-		heard = nil
 		ask <- struct{}{}
 		synctest.Wait()
-		if len(heard) != 1 || !heard[0] {
-			t.Errorf("asked, and told %v", heard)
+		if got := take(); len(got) != 1 || !got[0] {
+			t.Errorf("asked, and told %v", got)
 		}
 		cancel()
 		<-done
