@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"slices"
@@ -29,8 +28,6 @@ const (
 	// maxJoins bounds the connections that have joined a session and live.
 	maxJoins    = 16
 	maxInstance = 64 // bytes
-	// maxApp is how much of an App ID that was refused is logged, in runes.
-	maxApp = 64
 	// maxUnadmitted bounds candidates that have not been admitted yet.
 	maxUnadmitted = 1000
 	// proxiesFor is how long sidecars may believe what they are told of other cloud proxies.
@@ -214,7 +211,7 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 	if err != nil {
 		app := ""
 		if m.Open != nil {
-			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
+			app = logText(m.Open.App, logName)
 		}
 		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
 		s.logRefusal(c, app, err)
@@ -245,7 +242,7 @@ func (s *Server) logRefusal(c tunnel.Candidate, app string, err error) {
 		s.unlogged.Add(1)
 		return
 	}
-	s.log.Info("refused", "audit", "session_refused", "app", app, "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
+	s.log.Info("refused", "audit", "session_refused", "app", app, "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", logText(tunnel.Sentence(err), logSentence), "unlogged", s.unlogged.Swap(0))
 }
 
 // lingerClose lets the refusal arrive: closing with unread bytes would reset
