@@ -1,13 +1,20 @@
 package cloudproxy_test
 
 import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"log/slog"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
+	"culvert/cloudproxy"
 	"culvert/tunnel"
+	"culvert/tunnel/wire"
 )
 
 func TestALiveSessionTakesAnotherTokenWithoutANewConnection(t *testing.T) {
@@ -76,4 +83,50 @@ func TestASessionThatMayNotGoOnEndsWithinTwoSecondsAndSaysWhy(t *testing.T) {
 		}
 		w.mu.Unlock()
 	})
+}
+
+// What somebody says of itself before it is admitted stands in one line of the
+// log, and a short one.
+func TestWhatARefusedPeerSaysOfItselfIsOneShortLineOfTheLog(t *testing.T) {
+	for name, app := range map[string]string{
+		"line breaks":  "a\r\nlevel=ERROR msg=forged",
+		"escape codes": "\x1b[2J\x1b]0;owned\a",
+		"ten KB":       strings.Repeat("x", 10_000),
+		"wide":         strings.Repeat("\u202e", 3_000),
+		"not UTF-8":    "a\xff\xfe\x00b",
+		"quotes":       `" app="other`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var text, lines bytes.Buffer
+				w := newWorld()
+				w.authorize = func(_ context.Context, o tunnel.Open) (cloudproxy.Grant, error) {
+					return cloudproxy.Grant{}, tunnel.Errorf(tunnel.TokenRejected, "the token is for another App ID than %.128q; use the token of this App ID", o.App)
+				}
+				for _, h := range []slog.Handler{slog.NewJSONHandler(&lines, nil), slog.NewTextHandler(&text, nil)} {
+					w.log = slog.New(h)
+					stop := w.serve(t)
+					c, err := w.tcp.Dialer(key(0)).Dial(t.Context(), address)
+					if err != nil {
+						t.Fatal(err)
+					}
+					wire.Write(c, wire.Message{Open: &wire.Open{Version: wire.Current, App: app, Token: "secret"}})
+					if m, err := wire.Read(c, wire.Version{}); err != nil || m.Refused == nil {
+						t.Fatalf("%+v, %v", m, err)
+					}
+					c.Close()
+					stop()
+				}
+				var l struct{ Audit, App, Code, Why string }
+				if err := json.Unmarshal(lines.Bytes(), &l); err != nil || l.Audit != "session_refused" || l.Code != string(tunnel.TokenRejected) {
+					t.Errorf("%v: %s", err, lines.String())
+				}
+				for _, b := range []string{lines.String(), text.String()} {
+					if strings.Count(b, "\n") != 1 || len(b) > 1024 || strings.ContainsAny(b, "\r\x1b\a\x00") || !utf8.ValidString(b) || strings.Contains(b, "secret") {
+						t.Errorf("%d bytes: %q", len(b), b)
+					}
+				}
+			})
+		})
+	}
 }

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"slices"
@@ -29,8 +28,9 @@ const (
 	// maxJoins bounds the connections that have joined a session and live.
 	maxJoins    = 16
 	maxInstance = 64 // bytes
-	// maxApp is how much of an App ID that was refused is logged, in runes.
-	maxApp = 64
+	// How many bytes of a text that a peer may have chosen are logged, so that a
+	// line stays under 1 KiB.
+	logName, logSentence = 128, 400
 	// maxUnadmitted bounds candidates that have not been admitted yet.
 	maxUnadmitted = 1000
 	// proxiesFor is how long sidecars may believe what they are told of other cloud proxies.
@@ -214,7 +214,7 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 	if err != nil {
 		app := ""
 		if m.Open != nil {
-			app = fmt.Sprintf("%.*s", maxApp, m.Open.App) // whoever it is has chosen it
+			app = tunnel.LogText(m.Open.App, logName)
 		}
 		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
 		if m.Join == nil || m.Join.Session != "" { // else it only asks for the time
@@ -249,7 +249,7 @@ func (s *Server) logRefusal(c tunnel.Candidate, app string, err error) {
 		s.unlogged.Add(1)
 		return
 	}
-	s.log.Info("refused", "audit", "session_refused", "app", app, "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "unlogged", s.unlogged.Swap(0))
+	s.log.Info("refused", "audit", "session_refused", "app", app, "from", c.RemoteAddr(), "carrier", c.Kind(), "code", tunnel.CodeOf(err), "why", tunnel.LogText(tunnel.Sentence(err), logSentence), "unlogged", s.unlogged.Swap(0))
 }
 
 // lingerClose lets the refusal arrive: closing with unread bytes would reset

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/netip"
 	"strings"
 	"sync"
@@ -34,6 +35,7 @@ type world struct {
 	echo             *tunneltest.Echo
 	authorize        cloudproxy.Authorize
 	renew            func(token string) error
+	log              *slog.Logger
 	check            func() error
 	token            atomic.Pointer[string] // nil: "secret"
 	renewed          chan struct{}          // tells the sidecar of another token
@@ -65,7 +67,7 @@ func (w *world) serve(t *testing.T) (stop func()) {
 		t.Fatal(err)
 	}
 	w.server, err = cloudproxy.New(cloudproxy.Config{
-		Listeners: []tunnel.Listener{lu, lt}, Address: address, Region: "eu", Drain: 10 * time.Second,
+		Listeners: []tunnel.Listener{lu, lt}, Address: address, Region: "eu", Drain: 10 * time.Second, Log: w.log,
 		Authorize: func(ctx context.Context, o tunnel.Open) (cloudproxy.Grant, error) {
 			w.mu.Lock()
 			w.opens = append(w.opens, o)

@@ -3,6 +3,7 @@ package cloudproxy
 import (
 	"net/netip"
 	"sync"
+	"time"
 
 	"golang.org/x/time/rate"
 
@@ -24,8 +25,9 @@ const (
 // strikes remembers which sources were refused lately, to slow down who tries
 // tokens. What has a session, and what joins one, is never kept out by it.
 type strikes struct {
-	mu sync.Mutex
-	by map[netip.Prefix]*rate.Limiter // guarded by mu
+	mu     sync.Mutex // guards the fields below
+	by     map[netip.Prefix]*rate.Limiter
+	tidied time.Time
 }
 
 // add counts n failures of a source.
@@ -49,11 +51,15 @@ func (s *strikes) add(from netip.Addr, n int) {
 	}
 }
 
-// tidyLocked makes room: those that have recovered go, or any one.
+// tidyLocked makes room: those that have recovered go, or any one. It looks at all
+// once a second at most, so that many sources cost no more than few.
 func (s *strikes) tidyLocked() {
-	for source, l := range s.by {
-		if l.Tokens() >= strikeBurst {
-			delete(s.by, source)
+	if now := time.Now(); now.Sub(s.tidied) >= time.Second {
+		s.tidied = now
+		for source, l := range s.by {
+			if l.Tokens() >= strikeBurst {
+				delete(s.by, source)
+			}
 		}
 	}
 	for source := range s.by {

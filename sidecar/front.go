@@ -12,12 +12,9 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"culvert/tunnel"
 	"culvert/tunnel/netio"
@@ -370,7 +367,7 @@ func (f *Front) open(ctx context.Context, c *frontConn, user string, to tunnel.T
 // splice joins the app to the target until both directions have ended.
 func (f *Front) splice(c *frontConn, to tunnel.Target, stream tunnel.Stream) {
 	if err := tunnel.Splice(c, stream); err != nil {
-		f.log.Debug("front: stream broke", "from", c.from, "to", logText(to.String(), logName), "err", logText(err.Error(), logSentence))
+		f.log.Debug("front: stream broke", "from", c.from, "to", tunnel.LogText(to.String(), logName), "err", tunnel.LogText(err.Error(), logSentence))
 	}
 }
 
@@ -382,9 +379,9 @@ func (f *Front) failed(c *frontConn, to string, err error, more ...any) {
 	if n, ok := f.failures.allow(); ok {
 		attrs := []any{"code", string(code), "from", c.from}
 		if to != "" {
-			attrs = append(attrs, "to", logText(to, logName))
+			attrs = append(attrs, "to", tunnel.LogText(to, logName))
 		}
-		attrs = append(append(attrs, more...), "why", logText(tunnel.Sentence(err), logSentence), "unlogged", n)
+		attrs = append(append(attrs, more...), "why", tunnel.LogText(tunnel.Sentence(err), logSentence), "unlogged", n)
 		f.log.Info("front: request refused", append(attrs, "audit", "refused")...)
 	}
 }
@@ -491,34 +488,6 @@ const (
 	logName     = 120
 	logSentence = 400
 )
-
-// logText makes a text that a client chose fit for a log: printable, and cut
-// after limit bytes, between words where there are any.
-func logText(s string, limit int) string {
-	var b strings.Builder
-	size, space := 0, 0
-	for _, r := range s {
-		if !unicode.IsPrint(r) || r == utf8.RuneError {
-			r = '?'
-		}
-		size += utf8.RuneLen(r)
-		if r == '"' || r == '\\' {
-			size++ // is escaped
-		}
-		if size > limit {
-			text := b.String()
-			if space > len(text)/2 {
-				text = text[:space]
-			}
-			return text + "..."
-		}
-		if r == ' ' {
-			space = b.Len()
-		}
-		b.WriteRune(r)
-	}
-	return b.String()
-}
 
 // A logLimit lets ten lines a second pass.
 type logLimit struct {

@@ -86,7 +86,7 @@ func (c *socksCredentials) Valid(user, password string) bool {
 // wrongPassword counts and logs a refused login.
 func (f *Front) wrongPassword(c *frontConn, user string) {
 	f.failed(c, "", tunnel.Errorf(tunnel.NotPermitted, "the user name or the password is wrong; give the app those of this sidecar's configuration"),
-		"user", logText(user, logName))
+		"user", tunnel.LogText(user, logName))
 }
 
 // noPassword counts and logs a request that came without one.

@@ -892,7 +892,7 @@ func TestLoggedTextIsCutBetweenWords(t *testing.T) {
 		{strings.Repeat("é", 20), strings.Repeat("é", 8) + "..."},
 		{strings.Repeat("\"", 20), strings.Repeat("\"", 8) + "..."},
 	} {
-		if got := logText(tc.text, 16); got != tc.want {
+		if got := tunnel.LogText(tc.text, 16); got != tc.want {
 			t.Errorf("%q became %q, want %q", tc.text, got, tc.want)
 		}
 	}

@@ -287,7 +287,7 @@ func (a *association) finish() {
 	if a.endErr != nil {
 		if n, ok := a.front.failures.allow(); ok {
 			a.front.log.Info("front: association ended before its app ended it", "code", string(tunnel.CodeOf(a.endErr)),
-				"from", a.conn.from, "why", logText(tunnel.Sentence(a.endErr), logSentence), "unlogged", n)
+				"from", a.conn.from, "why", tunnel.LogText(tunnel.Sentence(a.endErr), logSentence), "unlogged", n)
 		}
 	}
 	a.front.relays.Add(-1)

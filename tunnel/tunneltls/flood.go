@@ -17,7 +17,7 @@ const (
 	pingRate, pingBurst = 5, 50
 	// A stream takes four frames without data: it is opened, acknowledged and
 	// ended by each side. Windows are widened with each half that was read.
-	frameRate, frameBurst = 20_000, 40_000
+	frameRate, frameBurst = 20_000, 25_000
 )
 
 // The types of yamux frames.

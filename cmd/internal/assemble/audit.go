@@ -2,7 +2,6 @@ package assemble
 
 import (
 	"log/slog"
-	"net/netip"
 	"sync/atomic"
 
 	"golang.org/x/time/rate"
@@ -29,8 +28,8 @@ func (d *denials) denied(v policy.Denial) {
 		d.unlogged.Add(1)
 		return
 	}
-	attrs := []any{auditKey, "policy_denied", "protocol", v.Proto.String(), "to", short(v.To), "code", string(tunnel.PolicyDenied),
-		"why", tunnel.Sentence(v.Err), "unlogged", d.unlogged.Swap(0)}
+	attrs := []any{auditKey, "policy_denied", "protocol", v.Proto.String(), "to", tunnel.LogText(target(v.To), 120), "code", string(tunnel.PolicyDenied),
+		"why", tunnel.LogText(tunnel.Sentence(v.Err), 400), "unlogged", d.unlogged.Swap(0)}
 	if v.By.App != "" {
 		attrs = append(attrs, "app", v.By.App)
 	}
@@ -43,14 +42,11 @@ func (d *denials) denied(v policy.Denial) {
 	d.log.Info("the policy refuses a destination", attrs...)
 }
 
-// short is a target fit for a log line: its host may be anything.
-func short(t tunnel.Target) string {
+// target is a destination as the packet filters of others see it, where that is
+// known; the sentence has its name.
+func target(t tunnel.Target) string {
 	if t.Addr.IsValid() {
-		return netip.AddrPortFrom(t.Addr, t.Port).String()
-	}
-	const most = 120
-	if len(t.Host) > most {
-		t.Host = t.Host[:most] + "..."
+		return t.AddrPort().String()
 	}
 	return t.String()
 }

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"culvert/cmd/internal/config"
+	"culvert/policy"
+	"culvert/tunnel"
 )
 
 func TestAuditLinesGoToTheirFileWhateverTheLevel(t *testing.T) {
@@ -81,5 +83,31 @@ func TestWithoutAFileTheLogHasTheAudit(t *testing.T) {
 	var m map[string]any
 	if err := json.Unmarshal(out.Bytes(), &m); err != nil || m["app"] != "clinic" || m["audit"] != "session_opened" {
 		t.Errorf("%v: %s", err, out.String())
+	}
+}
+
+// The policy's refusals name what an app or sidecar has asked for.
+func TestADenialIsOneShortLineWhateverWasAskedFor(t *testing.T) {
+	for _, host := range []string{"a\r\nb", "\x1b[2J", strings.Repeat("x", 250), strings.Repeat("\u202e", 80), strings.Repeat("\"\\", 120), "\xff\x00"} {
+		var out bytes.Buffer
+		log, err := NewLog(config.Log{}, "clinic", &out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := newDenials(log)
+		g := policy.NewGuard(nil, func(tunnel.Peer) *policy.Policy { return nil })
+		g.Denied = d.denied
+		g.OpenStream(t.Context(), tunnel.Peer{App: "clinic"}, tunnel.Target{Host: host, Port: 443})
+		line := out.String()
+		if strings.Count(line, "\n") != 1 || len(line) > 1024 || strings.ContainsAny(line, "\r\x1b\x00") || !strings.Contains(line, "audit=policy_denied") || !strings.Contains(line, "code=policy_denied") {
+			t.Errorf("%d bytes: %q", len(line), line)
+		}
+		out.Reset()
+		for range 1000 {
+			g.OpenStream(t.Context(), tunnel.Peer{}, tunnel.Target{Host: host, Port: 443})
+		}
+		if n := strings.Count(out.String(), "\n"); n < 10 || n > 100 {
+			t.Errorf("a thousand denials at once are %d lines", n)
+		}
 	}
 }
