@@ -50,6 +50,10 @@ const (
 	// risen is the delay from which on silence is taken for congestion, which
 	// sending everything twice would make worse.
 	risen = 40 * time.Millisecond
+	// awake is how long after another way has answered the one in use may take to
+	// do so too: after an outage of all the first answer says little, and QUIC's
+	// congestion control and TCP's begin anew then.
+	awake = 60 * time.Millisecond
 	// A way that loses nearly all is left after shutTime, but after narrowTime
 	// where short packets pass: its packets may become shorter.
 	shutTime, narrowTime = 150 * time.Millisecond, 2 * time.Second
@@ -110,6 +114,7 @@ type chooser struct {
 	also      wire.Way
 	both      time.Time     // until when also is used
 	doubt     time.Time     // since when the way is silent or shut; zero: it is not
+	answered  time.Time     // when another way first answered in this doubt; zero: none has
 	congested bool          // delay had risen before the doubt: nothing is sent twice
 	strain    time.Time     // since when the breaker is at work on it; zero: it is not
 	apart     time.Duration // how long since then it was overloaded and lanes were not
@@ -217,7 +222,7 @@ func (c *chooser) fallBack(v view, o *orders) {
 				o.cause = tunnel.PathLost
 			}
 			if v.flowing && v.now.Sub(v.ways[w].Heard) > deaf { // it has been silent for long: the next that answers is better
-				c.doubt, c.congested = v.now.Add(doubtful-deaf), false
+				c.doubt, c.answered, c.congested = v.now.Add(doubtful-deaf), time.Time{}, false
 			}
 			return
 		}
@@ -279,7 +284,7 @@ func restAgain(last time.Duration) time.Duration {
 // changed that it may not have outlived.
 func (c *chooser) suspect(now time.Time) {
 	if c.way != wire.NoWay && c.doubt.IsZero() {
-		c.doubt, c.congested = now, false
+		c.doubt, c.answered, c.congested = now, time.Time{}, false
 	}
 }
 
@@ -298,12 +303,15 @@ func (c *chooser) watch(v view, o *orders) {
 		return
 	}
 	if c.doubt.IsZero() {
-		c.doubt, c.congested = v.now, s.Delay > risen || s.Shaped
+		c.doubt, c.answered, c.congested = v.now, time.Time{}, s.Delay > risen || s.Shaped
 	}
 	o.short[c.way] = true
 	for _, w := range order {
 		if w != c.way && v.ways[w].Present {
 			o.short[w] = true
+			if c.answered.IsZero() && v.ways[w].Small.After(c.doubt) {
+				c.answered = v.now
+			}
 		}
 	}
 	least := deaf - doubtful
@@ -313,7 +321,11 @@ func (c *chooser) watch(v view, o *orders) {
 	case shut && !short:
 		least = shutTime
 	}
-	if v.now.Sub(c.doubt) < least {
+	since := c.doubt
+	if shut && !silent { // what was lost while nothing passed at all says nothing
+		since = later(since, c.answered)
+	}
+	if v.now.Sub(since) < least || !c.answered.IsZero() && v.now.Sub(c.answered) < awake {
 		return
 	}
 	for _, w := range order {

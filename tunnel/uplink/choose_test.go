@@ -23,10 +23,11 @@ type world struct {
 	most    [wire.WaysEnd]int // probes of a load at once that pass; 0: all
 	last    orders
 	moves   []move
-	answers []answer // under way
-	hears   bool     // what is cut is cut in our direction only
-	loads   int      // that began
-	loaded  int      // probes of them
+	answers []answer                    // under way
+	slower  [wire.WaysEnd]time.Duration // than 40 ms answers to probes are
+	hears   bool                        // what is cut is cut in our direction only
+	loads   int                         // that began
+	loaded  int                         // probes of them
 }
 
 type answer struct {
@@ -93,10 +94,10 @@ func (w *world) pass(d time.Duration) {
 		}
 		for k := range w.ways {
 			if o.short[k] && w.passes[k](100) {
-				w.answers = append(w.answers, answer{w.now.Add(40 * time.Millisecond), wire.Way(k), false})
+				w.answers = append(w.answers, answer{w.now.Add(40*time.Millisecond + w.slower[k]), wire.Way(k), false})
 			}
 			if o.long[k] && w.passes[k](1200) {
-				w.answers = append(w.answers, answer{w.now.Add(40 * time.Millisecond), wire.Way(k), true})
+				w.answers = append(w.answers, answer{w.now.Add(40*time.Millisecond + w.slower[k]), wire.Way(k), true})
 			}
 		}
 		if t := w.c.trial.way; o.load > 0 {
@@ -226,6 +227,20 @@ func TestTheChooser(t *testing.T) {
 			w.pass(150 * time.Millisecond)
 			if w.last.first != lanes {
 				w.t.Fatalf("datagrams go by %v", w.last.first)
+			}
+		},
+		"after an outage of all the way in use is kept though another answers a little sooner": func(w *world) {
+			w.pass(second)
+			w.slower[sealed] = 50 * time.Millisecond
+			w.cut(sealed, datagram, lanes)
+			w.pass(3 * second)
+			w.ways[sealed].Lost = 1 // in the time of the outage
+			w.passes[sealed], w.passes[datagram], w.passes[lanes] = all, all, all
+			w.pass(200 * time.Millisecond)
+			w.ways[sealed].Lost = 0
+			w.pass(second)
+			if w.last.first != sealed || len(w.moves) != 2 { // those at the start
+				w.t.Fatalf("datagrams go by %v, moves %+v", w.last.first, w.moves)
 			}
 		},
 		"UDP that is throttled is left for lanes": func(w *world) {
