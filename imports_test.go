@@ -46,7 +46,7 @@ var own = map[string][]string{
 	"tunnel/netio":          {"tunnel"},
 	"tunnel/age":            {},
 	"tunnel/crowd":          {},
-	"tunnel/tunnelquic":     {"tunnel", "tunnel/netio", "tunnel/age"},
+	"tunnel/tunnelquic":     {"tunnel", "tunnel/netio", "tunnel/age", "tunnel/crowd"},
 	"tunnel/tunneltls":      {"tunnel", "tunnel/age", "tunnel/crowd"},
 	"tunnel/tunneltest":     {"tunnel"},
 	"tunnel/httpproxy":      {"tunnel"},

@@ -32,6 +32,10 @@ func TestASourceThatIsRefusedAgainAndAgainIsNotHeardForAWhile(t *testing.T) {
 		if err := s.out(bad); err != nil {
 			t.Errorf("two seconds later: %v", err)
 		}
+		local := netip.MustParseAddr("::ffff:127.0.0.1")
+		if s.add(local, 2*strikeBurst); s.out(local) != nil {
+			t.Error("what comes by a reverse proxy on this host is one source")
+		}
 		for n := range 3 * maxStrikers {
 			s.add(netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}), 1)
 		}

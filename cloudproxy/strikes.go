@@ -30,8 +30,12 @@ type strikes struct {
 	tidied time.Time
 }
 
-// add counts n failures of a source.
+// add counts n failures of a source. What comes by loopback came by a reverse
+// proxy on this host, and may be anybody.
 func (s *strikes) add(from netip.Addr, n int) {
+	if n == 0 || from.Unmap().IsLoopback() {
+		return
+	}
 	source := crowd.SourceOf(from)
 	s.mu.Lock()
 	defer s.mu.Unlock()

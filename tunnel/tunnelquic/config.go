@@ -81,7 +81,8 @@ type Limits struct {
 	// refused. 0: 1,024.
 	Handshakes int
 	// Unanswered is how many connections may wait for the answer to their
-	// opening; further ones are refused. 0: 1,000.
+	// opening. A further one is refused, or the oldest of the source that has the
+	// most where that is another. 0: 1,000.
 	Unanswered int
 }
 

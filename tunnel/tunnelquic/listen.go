@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"culvert/tunnel"
+	"culvert/tunnel/crowd"
 )
 
 // A Listener accepts connections on one UDP socket.
@@ -31,7 +33,7 @@ type Listener struct {
 
 	windows    windows
 	handshakes atomic.Int64 // open ones
-	unanswered atomic.Int64 // connections whose opening has not been answered
+	unanswered *crowd.Crowd // connections whose opening has not been answered
 	proved     atomic.Uint64
 	refused    atomic.Uint64
 	warned     atomic.Int64 // when warn last logged, Unix seconds
@@ -58,12 +60,13 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 		return nil, tunnel.Errorf(tunnel.CodeOf(err), "the QUIC listener can not use its socket: %w", err)
 	}
 	l := &Listener{
-		cfg:    c,
-		sock:   sock,
-		queue:  make(chan *candidate, c.Limits.Unanswered),
-		closed: make(chan struct{}),
-		gone:   make(chan struct{}),
-		live:   make(map[*link]struct{}),
+		cfg:        c,
+		sock:       sock,
+		queue:      make(chan *candidate, c.Limits.Unanswered),
+		unanswered: crowd.New(c.Limits.Unanswered),
+		closed:     make(chan struct{}),
+		gone:       make(chan struct{}),
+		live:       make(map[*link]struct{}),
 
 		windows: windows{limit: maxWindows},
 	}
@@ -127,13 +130,14 @@ func (l *Listener) accept() {
 		if done, ok := conn.Context().Value(handshakeKey{}).(func()); ok {
 			done()
 		}
-		if l.unanswered.Add(1) > int64(l.cfg.Limits.Unanswered) {
-			l.unanswered.Add(-1)
+		refuse := func() { l.accepting.Go(func() { conn.CloseWithError(codeRefused, "") }) }
+		place, ok := l.unanswered.Enter(addrOf(conn.RemoteAddr()), refuse) // or it is turned out by this very goroutine
+		if !ok {
 			l.warn("refused a QUIC connection: too many wait to be answered", l.cfg.Limits.Unanswered)
-			l.accepting.Go(func() { conn.CloseWithError(codeRefused, "") })
+			refuse()
 			continue
 		}
-		settled := sync.OnceFunc(func() { l.unanswered.Add(-1) })
+		settled := place.Leave
 		k := newLink(conn, l.sock, true, l.cfg.MaxAge, func(k *link) {
 			settled()
 			l.ended(k)
@@ -150,6 +154,13 @@ func (l *Listener) accept() {
 			l.accepting.Go(func() { c.Close() })
 		}
 	}
+}
+
+func addrOf(a net.Addr) netip.Addr {
+	if u, ok := a.(*net.UDPAddr); ok {
+		return u.AddrPort().Addr()
+	}
+	return netip.Addr{}
 }
 
 // warn counts a refusal and logs at most one in 10 seconds.
@@ -201,7 +212,7 @@ func (l *Listener) Stats() ListenerStats {
 	l.mu.Unlock()
 	return ListenerStats{
 		Handshakes:  int(l.handshakes.Load()),
-		Unanswered:  int(l.unanswered.Load()),
+		Unanswered:  l.unanswered.Len(),
 		Connections: live,
 		Proved:      l.proved.Load(),
 		Refused:     l.refused.Load(),

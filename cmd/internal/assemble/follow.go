@@ -70,8 +70,12 @@ func differs(now, before map[string]os.FileInfo) bool {
 }
 
 // OnHangup calls reload for each SIGHUP until ctx ends or the returned function
-// is called.
+// is called. In a terminal it does nothing: there the signal says that the
+// terminal has been closed, which ends a process as ever.
 func OnHangup(ctx context.Context, reload func()) (stop func()) {
+	if inTerminal() {
+		return func() {}
+	}
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	ctx, cancel := context.WithCancel(ctx)
@@ -92,4 +96,15 @@ func OnHangup(ctx context.Context, reload func()) (stop func()) {
 		cancel()
 		<-done
 	}
+}
+
+// inTerminal reports whether standard input is a device that somebody may type
+// at: one that is not the null device.
+func inTerminal() bool {
+	in, err := os.Stdin.Stat()
+	if err != nil || in.Mode()&os.ModeCharDevice == 0 {
+		return false
+	}
+	null, err := os.Stat(os.DevNull)
+	return err != nil || !os.SameFile(in, null)
 }
