@@ -160,8 +160,13 @@ func newTwoFamilies(t *testing.T, bin string, args ...string) *outlive {
 	return o
 }
 
+// inHand is how many packets a process may be about to send when it is stopped:
+// one of each direction. Nothing between its last look at the clock and the
+// system call can keep those from being sent when it goes on.
+const inHand = 2
+
 // A call goes on when one of the two ends stood still, and nothing of before is
-// delivered then.
+// delivered then, but what was in hand.
 func TestACallOutlivesAFrozenEnd(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the calls last some minutes")
@@ -204,7 +209,7 @@ func TestACallOutlivesAFrozenEnd(t *testing.T) {
 				}
 				o.mostly("media comes again after", took, time.Second, most, again, now)
 				o.mostly("the longest gap after that", o.call.Gap(again.Add(took), now), time.Second, most, again, now)
-				o.within("the oldest packet", o.call.Oldest(frozen, now), oldest, frozen, now)
+				o.within("the oldest packet but for those in hand", o.call.OldestBut(inHand, frozen, now), oldest, frozen, now)
 				o.onePort()
 				for _, c := range runStatus(t, o.socket).Changes {
 					t.Logf("told: %s  %v", c.At.Format("15:04:05.000"), c)

@@ -331,16 +331,13 @@ func (l *loop) serve(s *Socket, events uint32) {
 		}
 		return
 	}
-	since := int64(0)
-	if l.poller.MaxAge > 0 {
-		since = Oldest(l.poller.MaxAge)
-	}
 	for i := range n {
 		if s.closed.Load() {
 			return
 		}
 		d := l.batch.At(i)
-		if Before(d.OOB, since) {
+		// Asked of each: the process may stand still in the middle of a batch.
+		if age := l.poller.MaxAge; age > 0 && Before(d.OOB, Oldest(age)) {
 			l.poller.late.Add(1)
 			continue
 		}

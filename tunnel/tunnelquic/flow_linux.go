@@ -57,7 +57,6 @@ type flows struct {
 	// For the reading goroutine alone.
 	packets    *netio.Batch
 	next, held int            // packets of the batch: looked at, read
-	since      int64          // of the batch, claimed packets from before are dropped; ns since 1970
 	into       []ipv4.Message // of the ReadBatch under way
 	got        int            // of into, filled
 	err        error
@@ -161,10 +160,7 @@ func (f *flows) read(fd uintptr) bool {
 		f.err = nil
 		return false
 	}
-	f.held, f.since = n, 0
-	if f.age > 0 {
-		f.since = netio.Oldest(f.age)
-	}
+	f.held = n
 	f.hand()
 	// A batch that is not full has emptied the socket, and what has come since
 	// is noted in the poller: no need to ask once more before waiting. A full
@@ -202,7 +198,8 @@ func (f *flows) take(d *netio.Datagram) bool {
 		return false
 	}
 	if c := f.claims.get([8]byte(d.P[1:])); c != nil {
-		if netio.Before(d.OOB, f.since) {
+		// Asked of each: the process may stand still in the middle of a batch.
+		if f.age > 0 && netio.Before(d.OOB, netio.Oldest(f.age)) {
 			c.flow.late.Add(1)
 			return true
 		}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -246,18 +247,23 @@ func (c *Call) After(from time.Time) (took time.Duration, ok bool) {
 
 // Oldest is the age of the oldest packet that came to either end between from
 // and to.
-func (c *Call) Oldest(from, to time.Time) (oldest time.Duration) {
+func (c *Call) Oldest(from, to time.Time) time.Duration { return c.OldestBut(0, from, to) }
+
+// OldestBut is Oldest when the few oldest do not count.
+func (c *Call) OldestBut(few int, from, to time.Time) time.Duration {
+	oldest := make([]time.Duration, few+1) // of those so far, in ascending order
 	for _, f := range c.flows {
 		back, there := f.arrivals()
 		for _, all := range [][]Arrival{back, there} {
 			for _, a := range all {
-				if a.At.After(from) && a.At.Before(to) {
-					oldest = max(oldest, a.Age)
+				if a.At.After(from) && a.At.Before(to) && a.Age > oldest[0] {
+					oldest[0] = a.Age
+					slices.Sort(oldest)
 				}
 			}
 		}
 	}
-	return oldest
+	return oldest[0]
 }
 
 // Lost is how many packets did not come back of those that were sent between
