@@ -53,13 +53,13 @@ func TestAddressesAsValues(t *testing.T) {
 		addr net.Addr
 		want netip.AddrPort
 	}{
-		"TCP":           {&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 443}, want}, // 16 bytes: mapped
-		"UDP":           {&net.UDPAddr{IP: net.IPv4(192, 0, 2, 1).To4(), Port: 443}, want},
-		"IPv6":          {&net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}, netip.MustParseAddrPort("[2001:db8::1]:1")},
-		"another":       {&net.UnixAddr{Name: "/run/x"}, netip.AddrPort{}},
-		"none":          {nil, netip.AddrPort{}},
-		"none, of TCP":  {(*net.TCPAddr)(nil), netip.AddrPort{}},
-		"no address":    {&net.TCPAddr{}, netip.AddrPort{}},
+		"TCP":          {&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 443}, want}, // 16 bytes: mapped
+		"UDP":          {&net.UDPAddr{IP: net.IPv4(192, 0, 2, 1).To4(), Port: 443}, want},
+		"IPv6":         {&net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}, netip.MustParseAddrPort("[2001:db8::1]:1")},
+		"another":      {&net.UnixAddr{Name: "/run/x"}, netip.AddrPort{}},
+		"none":         {nil, netip.AddrPort{}},
+		"none, of TCP": {(*net.TCPAddr)(nil), netip.AddrPort{}},
+		"no address":   {&net.TCPAddr{}, netip.AddrPort{}},
 	} {
 		if got := tunnel.AddrPortOf(c.addr); got != c.want {
 			t.Errorf("%s: %v, want %v", name, got, c.want)

@@ -126,7 +126,7 @@ func (o other) TCP() net.Conn { return o.raw }
 func (o other) Sent() uint64  { return o.gather.total() }
 func (o other) Close() error  { return o.shut() }
 
-var _ Layered = other{}
+var _ tunnel.Layered = other{}
 
 func (l *listener) handshake(ctx context.Context, conn net.Conn) (*candidate, error) {
 	raw, g := newGather(conn, l.cfg.WriteTimeout)
