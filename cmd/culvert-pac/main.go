@@ -31,8 +31,8 @@ const (
 	maxScript = 1 << 20 // bytes
 	maxAnswer = 4 << 10 // bytes
 	maxTime   = 3 * time.Second
-	maxDepth  = 1000 // of calls
-	memory    = 1 << 30
+	maxDepth  = 1000      // of calls
+	memory    = 512 << 20 // bytes
 )
 
 func main() {
