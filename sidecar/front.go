@@ -5,10 +5,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
-	"errors"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -80,14 +78,14 @@ type Front struct {
 	associations atomic.Uint64
 	relays       atomic.Int64
 	drops        frontDrops
+	refused      tunnel.Refusals
 	failures     logLimit
 	overflows    logLimit
 	poller       netio.Poller // reads associations
 
-	mu      sync.Mutex
-	conns   map[*frontConn]struct{} // guarded by mu
-	refused map[string]uint64       // guarded by mu
-	wg      sync.WaitGroup          // one for each of conns
+	mu    sync.Mutex
+	conns map[*frontConn]struct{} // guarded by mu
+	wg    sync.WaitGroup          // one for each of conns
 }
 
 // FrontStats are counters since the Front was made, and live figures.
@@ -142,7 +140,6 @@ func NewFront(c FrontConfig) (*Front, error) {
 		request:   frontRequest,
 		linger:    frontLinger,
 		conns:     make(map[*frontConn]struct{}),
-		refused:   make(map[string]uint64),
 	}
 	f.poller.MaxAge = c.MaxAge
 	if f.maxConns == 0 {
@@ -181,6 +178,7 @@ func (f *Front) Stats() FrontStats {
 	}
 	s := FrontStats{
 		Relays:       int(f.relays.Load()),
+		Refused:      f.refused.ByCode(),
 		Connections:  f.connections.Load(),
 		Streams:      f.streams.Load(),
 		Associations: f.associations.Load(),
@@ -192,7 +190,6 @@ func (f *Front) Stats() FrontStats {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s.Open = len(f.conns)
-	s.Refused = maps.Clone(f.refused)
 	return s
 }
 
@@ -205,7 +202,7 @@ func (f *Front) Run(ctx context.Context) error {
 	stopped := context.AfterFunc(ctx, func() { f.listener.Close() })
 	defer stopped()
 
-	err := f.accept(ctx)
+	err := tunnel.AcceptConns(ctx, f.listener, f.log, func(c net.Conn) { f.take(ctx, c) })
 	cancel()
 	f.listener.Close()
 	f.mu.Lock()
@@ -219,59 +216,37 @@ func (f *Front) Run(ctx context.Context) error {
 	return err
 }
 
-func (f *Front) accept(ctx context.Context) error {
-	backoff := time.Duration(0)
-	for {
-		c, err := f.listener.Accept()
-		switch {
-		case ctx.Err() != nil:
-			if err == nil {
-				c.Close()
-			}
-			return nil
-		case errors.Is(err, net.ErrClosed):
-			return tunnel.Errorf(tunnel.Internal, "the front's listener was closed under it: %w", err)
-		case err != nil:
-			// EMFILE and the like: those who are connected can still leave.
-			backoff = min(max(2*backoff, 5*time.Millisecond), time.Second)
-			f.log.Error("front: can not accept", "err", err, "retry", backoff)
-			select {
-			case <-ctx.Done():
-			case <-time.After(backoff):
-			}
-			continue
-		}
-		backoff = 0
-		f.connections.Add(1)
-		tcp, ok := c.(*net.TCPConn)
-		if !ok {
-			f.log.Error("front: the listener gave a connection that is not TCP", "addr", c.RemoteAddr())
-			c.Close()
-			continue
-		}
-		conn := newFrontConn(tcp)
-		f.mu.Lock()
-		full := len(f.conns) >= f.maxConns
-		if !full {
-			f.conns[conn] = struct{}{}
-			f.wg.Add(1)
-		}
-		f.mu.Unlock()
-		if full {
-			c.Close()
-			f.refuse(string(tunnel.LimitExceeded))
-			if n, ok := f.overflows.allow(); ok {
-				f.log.Warn("front: too many connections are open; a new one was closed", "limit", f.maxConns, "unlogged", n)
-			}
-			continue
-		}
-		go func() {
-			f.serve(ctx, conn)
-			if conn.held.Load() == nil {
-				f.gone(conn)
-			}
-		}()
+// take serves a connection, unless there are too many.
+func (f *Front) take(ctx context.Context, c net.Conn) {
+	f.connections.Add(1)
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		f.log.Error("front: the listener gave a connection that is not TCP", "addr", c.RemoteAddr())
+		c.Close()
+		return
 	}
+	conn := newFrontConn(tcp)
+	f.mu.Lock()
+	full := len(f.conns) >= f.maxConns
+	if !full {
+		f.conns[conn] = struct{}{}
+		f.wg.Add(1)
+	}
+	f.mu.Unlock()
+	if full {
+		c.Close()
+		f.refused.Add(tunnel.LimitExceeded)
+		if n, ok := f.overflows.allow(); ok {
+			f.log.Warn("front: too many connections are open; a new one was closed", "limit", f.maxConns, "unlogged", n)
+		}
+		return
+	}
+	go func() {
+		f.serve(ctx, conn)
+		if conn.held.Load() == nil {
+			f.gone(conn)
+		}
+	}()
 }
 
 // gone closes a connection and forgets it.
@@ -351,7 +326,7 @@ func (f *Front) open(ctx context.Context, c *frontConn, user string, to tunnel.T
 	settled()
 	switch {
 	case ctx.Err() != nil:
-		f.refuse("client_left")
+		f.refused.Add("client_left")
 		if err == nil {
 			stream.Abort(ctx.Err())
 		}
@@ -375,7 +350,7 @@ func (f *Front) splice(c *frontConn, to tunnel.Target, stream tunnel.Stream) {
 // are further attributes, their texts cut already.
 func (f *Front) failed(c *frontConn, to string, err error, more ...any) {
 	code := tunnel.CodeOf(err)
-	f.refuse(string(code))
+	f.refused.Add(code)
 	if n, ok := f.failures.allow(); ok {
 		attrs := []any{"code", string(code), "from", c.from}
 		if to != "" {
@@ -384,17 +359,6 @@ func (f *Front) failed(c *frontConn, to string, err error, more ...any) {
 		attrs = append(append(attrs, more...), "why", tunnel.LogText(tunnel.Sentence(err), logSentence), "unlogged", n)
 		f.log.Info("front: request refused", append(attrs, "audit", "refused")...)
 	}
-}
-
-// refuse counts a refusal.
-func (f *Front) refuse(code string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if _, ok := f.refused[code]; !ok && len(f.refused) >= 64 {
-		// Codes may come from the far end: the map must not grow with them.
-		code = string(tunnel.Internal)
-	}
-	f.refused[code]++
 }
 
 // A frontConn is one accepted connection, as a tunnel.Stream.
@@ -409,7 +373,7 @@ type frontConn struct {
 }
 
 func newFrontConn(c *net.TCPConn) *frontConn {
-	f := &frontConn{TCPConn: c, from: addrPort(c.RemoteAddr())}
+	f := &frontConn{TCPConn: c, from: tunnel.AddrPortOf(c.RemoteAddr())}
 	f.head = io.LimitedReader{R: c, N: frontHeadLimit}
 	f.in = bufio.NewReader(&f.head)
 	return f
@@ -457,15 +421,6 @@ func (c *frontConn) finish(linger time.Duration) {
 	c.SetDeadline(time.Now().Add(linger))
 	io.CopyN(io.Discard, c.TCPConn, 256<<10)
 	c.Close()
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	t, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := t.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // validHost reports whether a name may go to a resolver and a log: 1 to 255

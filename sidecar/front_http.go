@@ -146,7 +146,7 @@ const pacFile = `function FindProxyForURL(url, host) {
 `
 
 func (f *Front) servePAC(c *frontConn, r *http.Request) {
-	proxy, ok := ownHost(r.Host, addrPort(c.LocalAddr()))
+	proxy, ok := ownHost(r.Host, tunnel.AddrPortOf(c.LocalAddr()))
 	if !ok {
 		// A web page that has pointed its own name at this address (DNS
 		// rebinding) learns nothing.

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"culvert/tunnel"
 )
 
 // orphanPause is how often a client that has sent FIN is looked up again.
@@ -36,7 +38,7 @@ func whenLeft(c *net.TCPConn, left func()) (settled func()) {
 			if raw.Control(func(fd uintptr) { events = hungUp(fd) }) != nil {
 				return
 			}
-			if events&(unix.POLLHUP|unix.POLLERR) != 0 || orphaned(addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())) {
+			if events&(unix.POLLHUP|unix.POLLERR) != 0 || orphaned(tunnel.AddrPortOf(c.RemoteAddr()), tunnel.AddrPortOf(c.LocalAddr())) {
 				left()
 				return
 			}

@@ -221,7 +221,7 @@ func frontFarEnd(t testing.TB, serve func(*net.TCPConn)) netip.AddrPort {
 		}
 	})
 	t.Cleanup(func() { l.Close(); wg.Wait() })
-	return addrPort(l.Addr())
+	return tunnel.AddrPortOf(l.Addr())
 }
 
 func frontEcho(c *net.TCPConn) {
@@ -725,7 +725,7 @@ func TestAuthOfSOCKS(t *testing.T) {
 			if name == "right" {
 				next.mu.Lock()
 				defer next.mu.Unlock()
-				if p := next.peers[0]; p.User != "user" || p.Addr != addrPort(c.LocalAddr()) || p.App != "" {
+				if p := next.peers[0]; p.User != "user" || p.Addr != tunnel.AddrPortOf(c.LocalAddr()) || p.App != "" {
 					t.Fatalf("peer %+v", p)
 				}
 				return

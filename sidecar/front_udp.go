@@ -197,7 +197,7 @@ func (f *Front) newAssociation(c *frontConn, user string, port uint16) (*associa
 	if c.stranger != nil {
 		return nil, c.stranger
 	}
-	local := addrPort(c.LocalAddr()).Addr()
+	local := tunnel.AddrPortOf(c.LocalAddr()).Addr()
 	failed := func(err error) error {
 		return tunnel.Errorf(tunnel.Internal, "no UDP socket on %s for an association: %w", local, err)
 	}
@@ -207,7 +207,7 @@ func (f *Front) newAssociation(c *frontConn, user string, port uint16) (*associa
 	}
 	conn.SetReadBuffer(udpSocketBuffer)
 	conn.SetWriteBuffer(udpSocketBuffer)
-	a := &association{front: f, conn: c, relay: addrPortUDP(conn), port: port, left: controlBytes}
+	a := &association{front: f, conn: c, relay: tunnel.AddrPortOf(conn.LocalAddr()), port: port, left: controlBytes}
 	if a.socket, err = f.poller.Packet(conn, (*fromUDP)(a)); err != nil {
 		return nil, failed(err)
 	}
@@ -431,15 +431,6 @@ func (a *association) Closed(err error) {
 		err = io.EOF
 	}
 	a.end(err)
-}
-
-func addrPortUDP(c *net.UDPConn) netip.AddrPort {
-	u, ok := c.LocalAddr().(*net.UDPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := u.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // udpBuffer holds one datagram for an app.

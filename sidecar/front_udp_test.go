@@ -28,7 +28,7 @@ func frontAssociate(t testing.TB, f *Front, own netip.AddrPort) (*net.TCPConn, n
 		t.Fatalf("reply %x", got)
 	}
 	relay := netip.AddrPortFrom(netip.AddrFrom4([4]byte(got[6:])), uint16(got[10])<<8|uint16(got[11]))
-	if relay.Addr() != addrPort(c.RemoteAddr()).Addr() || relay.Port() == 0 {
+	if relay.Addr() != tunnel.AddrPortOf(c.RemoteAddr()).Addr() || relay.Port() == 0 {
 		t.Fatalf("the relay is %s", relay)
 	}
 	return c, relay
@@ -66,7 +66,7 @@ func frontUDPEcho(t testing.TB) netip.AddrPort {
 		}
 	})
 	t.Cleanup(func() { c.Close(); wg.Wait() })
-	return addrPortUDP(c)
+	return tunnel.AddrPortOf(c.LocalAddr())
 }
 
 // frontDatagram wraps a payload.
@@ -202,7 +202,7 @@ func TestNamedPortLocksTheAssociation(t *testing.T) {
 	defer app.Close()
 	app.SetDeadline(time.Now().Add(frontPatience))
 	f := frontStart(t, &frontDirect{}, nil)
-	_, relay := frontAssociate(t, f, netip.AddrPortFrom(netip.IPv4Unspecified(), addrPortUDP(app).Port()))
+	_, relay := frontAssociate(t, f, netip.AddrPortFrom(netip.IPv4Unspecified(), tunnel.AddrPortOf(app.LocalAddr()).Port()))
 	frontApp(t, relay).Write(frontDatagram(tunnel.TargetOf(echo), "x"))
 	frontEventually(t, "the drop is counted", func() bool { return f.Stats().Dropped["wrong_source"] == 1 })
 	app.WriteToUDPAddrPort(frontDatagram(tunnel.TargetOf(echo), "y"), relay)
@@ -401,7 +401,7 @@ func frontBareAssociation(t testing.TB) (a *association, app netip.AddrPort) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { a.end(nil); f.poller.Close(); f.listener.Close(); client.Close(); sink.Close() })
-	return a, addrPortUDP(sink)
+	return a, tunnel.AddrPortOf(sink.LocalAddr())
 }
 
 func TestPacketsDoNotAllocate(t *testing.T) {

@@ -40,7 +40,7 @@ func TestOnlyTheUsersThatAreNamedMayUseTheFront(t *testing.T) {
 					conn.Close()
 				}
 			}()
-			to := tunnel.TargetOf(addrPort(l.Addr()))
+			to := tunnel.TargetOf(tunnel.AddrPortOf(l.Addr()))
 
 			s := frontDial(t, f)
 			s.Write(append(bytes.Clone(frontGreet), frontRequestBytes(1, to)...))
@@ -102,7 +102,7 @@ func TestWhatIsNotOfThisMachineIsNobodys(t *testing.T) {
 	if err := f.strange(c); tunnel.CodeOf(err) != tunnel.NotPermitted {
 		t.Errorf("got %v", err)
 	}
-	if (&socketOwner{strict: true}).owns(c.from, addrPort(l.Addr())) || !(&socketOwner{}).owns(c.from, addrPort(l.Addr())) {
+	if (&socketOwner{strict: true}).owns(c.from, tunnel.AddrPortOf(l.Addr())) || !(&socketOwner{}).owns(c.from, tunnel.AddrPortOf(l.Addr())) {
 		t.Error("who is not known owns a socket where users are named, or does not where they are not")
 	}
 }

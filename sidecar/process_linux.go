@@ -238,7 +238,7 @@ const ownersKnown = true
 
 // userOf looks up the user behind a connection of this machine.
 func userOf(c *frontConn) (uid uint32, known bool) {
-	s, err := diagTCP(c.from, addrPort(c.LocalAddr()))
+	s, err := diagTCP(c.from, tunnel.AddrPortOf(c.LocalAddr()))
 	return s.uid, err == nil && s.inode != 0
 }
 

@@ -31,7 +31,9 @@ func TestProcessBehindAConnection(t *testing.T) {
 	defer u.Close()
 	udpLocal := u.LocalAddr().(*net.UDPAddr).AddrPort()
 	for name, ask := range map[string]func() (Process, error){
-		"tcp": func() (Process, error) { return ProcessOfTCP(addrPort(client.LocalAddr()), addrPort(l.Addr())) },
+		"tcp": func() (Process, error) {
+			return ProcessOfTCP(tunnel.AddrPortOf(client.LocalAddr()), tunnel.AddrPortOf(l.Addr()))
+		},
 		"udp": func() (Process, error) { return ProcessOf(udpLocal, netip.MustParseAddrPort("127.0.0.1:9"), "udp") },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"net"
+	"net/netip"
 	"net/url"
 	"strings"
 )
@@ -24,4 +25,15 @@ func ParseAddress(s string) (Target, *url.URL, error) {
 	}
 	t, err := ParseTarget(net.JoinHostPort(u.Hostname(), port))
 	return t, u, err
+}
+
+// AddrPortOf returns an address of TCP or UDP as a value, IPv4 always as such; the
+// zero AddrPort: it is of something else.
+func AddrPortOf(a net.Addr) netip.AddrPort {
+	at, ok := a.(interface{ AddrPort() netip.AddrPort }) // *net.TCPAddr, *net.UDPAddr
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := at.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }

@@ -47,6 +47,26 @@ func TestAddressesOfCloudProxies(t *testing.T) {
 	}
 }
 
+func TestAddressesAsValues(t *testing.T) {
+	want := netip.MustParseAddrPort("192.0.2.1:443")
+	for name, c := range map[string]struct {
+		addr net.Addr
+		want netip.AddrPort
+	}{
+		"TCP":          {&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 443}, want}, // 16 bytes: mapped
+		"UDP":          {&net.UDPAddr{IP: net.IPv4(192, 0, 2, 1).To4(), Port: 443}, want},
+		"IPv6":         {&net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}, netip.MustParseAddrPort("[2001:db8::1]:1")},
+		"another":      {&net.UnixAddr{Name: "/run/x"}, netip.AddrPort{}},
+		"none":         {nil, netip.AddrPort{}},
+		"none, of TCP": {(*net.TCPAddr)(nil), netip.AddrPort{}},
+		"no address":   {&net.TCPAddr{}, netip.AddrPort{}},
+	} {
+		if got := tunnel.AddrPortOf(c.addr); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
+
 func TestAnErrorIsItsCodeAndItsCause(t *testing.T) {
 	cause := fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
 	err := error(tunnel.Errorf(tunnel.CloudUnreachable, "nothing listens at %s: %w", "192.0.2.1:443", cause))

@@ -2,5 +2,6 @@ package main
 
 import "golang.org/x/sys/unix"
 
-// limitMemory bounds the address space of this process, in bytes.
-func limitMemory(n uint64) { unix.Setrlimit(unix.RLIMIT_AS, &unix.Rlimit{Cur: n, Max: n}) }
+// limitMemory bounds what this process may write to of memory of its own, in bytes. Of
+// its address space Go reserves more than that, and more with each thread.
+func limitMemory(n uint64) { unix.Setrlimit(unix.RLIMIT_DATA, &unix.Rlimit{Cur: n, Max: n}) }

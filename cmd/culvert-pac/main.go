@@ -4,6 +4,9 @@
 //	culvert-pac cloud.example.net < proxy.pac
 //	PROXY proxy.example.net:3128; DIRECT
 //
+// With --mark the packets by which it looks up names have that mark (SO_MARK), where
+// it may set one: by it culvert's rules leave them alone where they capture traffic.
+//
 // culvert runs it where proxy.pac is set. It is a program of its own because such
 // a file is a program too, which comes from the network: here it runs without the
 // sidecar's keys, in bounded time and memory, and the JavaScript engine, as large
@@ -16,8 +19,10 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime/debug"
@@ -25,14 +30,16 @@ import (
 	"time"
 
 	"github.com/dop251/goja"
+
+	"culvert/sidecar/capture"
 )
 
 const (
 	maxScript = 1 << 20 // bytes
 	maxAnswer = 4 << 10 // bytes
 	maxTime   = 3 * time.Second
-	maxDepth  = 1000 // of calls
-	memory    = 1 << 30
+	maxDepth  = 1000      // of calls
+	memory    = 512 << 20 // bytes
 )
 
 func main() {
@@ -45,8 +52,11 @@ func main() {
 }
 
 func run(args []string, in io.Reader, out io.Writer) error {
-	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
-		return errors.New("usage: culvert-pac HOST < FILE")
+	flags := flag.NewFlagSet("culvert-pac", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	mark := flags.Uint("mark", 0, "")
+	if flags.Parse(args) != nil || flags.NArg() != 1 || uint64(*mark) > math.MaxUint32 {
+		return errors.New("usage: culvert-pac [--mark NUMBER] HOST < FILE")
 	}
 	script, err := io.ReadAll(io.LimitReader(in, maxScript+1))
 	switch {
@@ -57,12 +67,22 @@ func run(args []string, in io.Reader, out io.Writer) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), maxTime)
 	defer cancel()
-	answer, err := find(ctx, string(script), args[0], world{now: time.Now(), lookup: net.DefaultResolver.LookupHost, own: ownAddress})
+	answer, err := find(ctx, string(script), flags.Arg(0), world{now: time.Now(), lookup: resolver(uint32(*mark)).LookupHost, own: ownAddress})
 	if err != nil {
 		return err
 	}
 	_, err = fmt.Fprintln(out, answer)
 	return err
+}
+
+// resolver looks names up by packets with a mark, where there is to be one and this
+// process may set it.
+func resolver(mark uint32) *net.Resolver {
+	if mark == 0 || capture.MayMark() != nil {
+		return net.DefaultResolver
+	}
+	// The C library's resolver makes sockets that nobody can mark.
+	return &net.Resolver{PreferGo: true, Dial: (&net.Dialer{Control: capture.Protect(mark)}).DialContext}
 }
 
 // find asks the script. Of the URL it is given the scheme and the host alone, as

@@ -240,6 +240,57 @@ func callNegotiate(t *testing.T, a, b *callParty) {
 	}
 }
 
+// callParties makes an app, whose only way out is an association at the proxy, and
+// a far end, which only the cloud proxy comes to.
+func (o *only443) callParties(proxy string) (app, peer *callParty, far *callFar) {
+	o.t.Helper()
+	control, reply := o.ask(proxy, 3, "0.0.0.0", 0)
+	if reply[1] != 0 {
+		o.t.Fatalf("UDP ASSOCIATE: reply %d", reply[1])
+	}
+	control.SetDeadline(time.Time{}) // the association lasts as long as it
+	relay := o.dial("udp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte(reply[4:8])), binary.BigEndian.Uint16(reply[8:])).String())
+	relay.SetDeadline(time.Time{})
+	far = &callFar{from: map[string]bool{}}
+	if err := o.pair.Far.Do(func() (err error) { far.PacketConn, err = net.ListenPacket("udp4", "127.0.0.1:0"); return err }); err != nil {
+		o.t.Fatal(err)
+	}
+	o.t.Cleanup(func() { far.Close() })
+	return newCallParty(o.t, "the app", callSocket{relay}), newCallParty(o.t, "the far end", far), far
+}
+
+// call holds a WebRTC call until two seconds of sound and pictures have arrived at
+// both ends.
+func (o *only443) call(proxy string) {
+	o.t.Helper()
+	app, peer, far := o.callParties(proxy)
+	callNegotiate(o.t, app, peer)
+	end := make(chan struct{})
+	hangUp := sync.OnceFunc(func() { close(end) })
+	o.t.Cleanup(hangUp)
+	for _, p := range []*callParty{app, peer} {
+		p.talk(end)
+	}
+	for _, p := range []*callParty{app, peer} {
+		runEventually(o.t, "sound and pictures arrive at "+p.name, func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return len(p.arrived[webrtc.RTPCodecTypeAudio]) >= 100 && len(p.arrived[webrtc.RTPCodecTypeVideo]) >= 250
+		})
+	}
+	hangUp()
+	for _, p := range []*callParty{app, peer} {
+		p.mu.Lock()
+		o.t.Logf("at %s arrived %d packets of sound, %d of pictures; ICE states %v", p.name, len(p.arrived[webrtc.RTPCodecTypeAudio]), len(p.arrived[webrtc.RTPCodecTypeVideo]), p.states)
+		p.mu.Unlock()
+	}
+	far.mu.Lock()
+	defer far.mu.Unlock()
+	if len(far.from) != 1 {
+		o.t.Errorf("the far end heard from %v, want one egress port", far.from)
+	}
+}
+
 // callFilter replaces the packet filter of a namespace.
 func callFilter(t *testing.T, at *netpair.Space, rules string) {
 	t.Helper()
@@ -342,22 +393,8 @@ func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 	o.start(o.pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket, "--mode", "auto")
 	runReady(t, o.socket)
 
-	// The app's only way out is an association; it lasts as long as its connection.
-	control, reply := o.ask(o.status().Listen, 3, "0.0.0.0", 0)
-	if reply[1] != 0 {
-		t.Fatalf("UDP ASSOCIATE: reply %d", reply[1])
-	}
-	control.SetDeadline(time.Time{})
-	relay := o.dial("udp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte(reply[4:8])), binary.BigEndian.Uint16(reply[8:])).String())
-	relay.SetDeadline(time.Time{})
-	far := &callFar{from: map[string]bool{}}
-	err := o.pair.Far.Do(func() (err error) { far.PacketConn, err = net.ListenPacket("udp4", "127.0.0.1:0"); return err })
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { far.Close() })
-	parties := []*callParty{newCallParty(t, "the app", callSocket{relay}), newCallParty(t, "the far end", far)}
-	app, peer := parties[0], parties[1]
+	app, peer, far := o.callParties(o.status().Listen)
+	parties := []*callParty{app, peer}
 
 	// The far end sends back each message of the data channel.
 	peer.pc.OnDataChannel(func(d *webrtc.DataChannel) {

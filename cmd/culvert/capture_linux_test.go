@@ -17,6 +17,7 @@ import (
 
 	"culvert/cmd/internal/cmdtest"
 	"culvert/cmd/internal/netpair"
+	"culvert/sidecar/capture/rules"
 	"culvert/tunnel"
 )
 
@@ -118,31 +119,38 @@ func (o *captured) web() (urls []string) {
 	return urls
 }
 
-// echoOutside answers datagrams in the outside world, and returns the port of each address.
+// echoOutside sends datagrams back in the outside world, and returns the port of each address.
 func (o *captured) echoOutside() (ports map[string]string) {
 	o.t.Helper()
 	ports = map[string]string{}
 	for _, host := range []string{outside4, outside6} {
-		var c net.PacketConn
-		if err := o.pair.Far.Do(func() (err error) { c, err = net.ListenPacket("udp", net.JoinHostPort(host, "0")); return err }); err != nil {
-			o.t.Fatal(err)
-		}
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			b := make([]byte, 1<<16)
-			for {
-				n, from, err := c.ReadFrom(b)
-				if err != nil {
-					return
-				}
-				c.WriteTo(b[:n], from)
-			}
-		}()
-		o.t.Cleanup(func() { c.Close(); <-done })
-		_, ports[host], _ = net.SplitHostPort(c.LocalAddr().String())
+		ports[host] = o.answerOutside(host, "0", func(b []byte) []byte { return b })
 	}
 	return ports
+}
+
+// answerOutside answers datagrams in the outside world, and returns the port.
+func (o *captured) answerOutside(host, port string, answer func([]byte) []byte) string {
+	o.t.Helper()
+	var c net.PacketConn
+	if err := o.pair.Far.Do(func() (err error) { c, err = net.ListenPacket("udp", net.JoinHostPort(host, port)); return err }); err != nil {
+		o.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b := make([]byte, 1<<16)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			c.WriteTo(answer(b[:n]), from)
+		}
+	}()
+	o.t.Cleanup(func() { c.Close(); <-done })
+	_, port, _ = net.SplitHostPort(c.LocalAddr().String())
+	return port
 }
 
 // get fetches with curl, which knows of no proxy.
@@ -162,7 +170,7 @@ func captureBuild(t *testing.T) (bin string) {
 		}
 	}
 	bin = t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy", "culvert/cmd/culvert-pac").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
 	for dir := bin; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
@@ -405,6 +413,62 @@ func TestTheSidecarOfAPodNeedsOneCapability(t *testing.T) {
 	}
 	if after := o.status().Capture; len(after.Refused) != 1 || after.Refused[string(tunnel.PolicyDenied)] != 1 || after.Streams != before.Streams+1 {
 		t.Errorf("stopped, it does not go its own way: %+v, %s", after, out)
+	}
+}
+
+// What a check sends, and what a PAC file has looked up, goes its own way where all
+// is captured: else the check would be of the tunnel that is there already.
+func TestTheSidecarsOtherProgramsAreNotCaptured(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a check and lookups that fail take 8 s")
+	}
+	bin := captureBuild(t)
+	o := newCaptured(t, bin, "capture: {}\n")
+	callFilter(t, o.pair.Far, strings.Replace(captureFirewall, "443", "{ 53, 443 }", 1))
+	o.answerOutside(outside4, "53", func(query []byte) []byte { // RFC 1035 §4.1.1: a response, and there is no such name
+		query[2], query[3] = query[2]|0x80, 3
+		return query
+	})
+	for name, text := range map[string]string{
+		"check.yaml":  strings.ReplaceAll(o.read("culvert.yaml"), ", "+netpair.FarAddr.String()+"/32", "") + "proxy: {pac: all.pac}\n",
+		"all.pac":     `function FindProxyForURL() { dnsResolve("inside.clinic.test."); return "DIRECT"; }`,
+		"resolv.conf": "nameserver " + outside4 + "\n",
+	} {
+		if err := os.WriteFile(filepath.Join(o.dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := o.capture(0, "on", "--all", "--control", o.socket); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	// root runs a line of the shell with that name server.
+	root := func(line string) {
+		t.Helper()
+		if out, err := o.in(o.pair.Near, 0, "unshare", "--mount", "sh", "-c", "cd "+o.dir+" && mount --bind resolv.conf /etc/resolv.conf && "+line); err != nil {
+			t.Errorf("%s: %v\n%s", line, err, out)
+		}
+	}
+	pac := filepath.Join(bin, "culvert-pac")
+	for _, c := range []struct {
+		line     string
+		captured bool
+	}{
+		{o.culvert + " check -c check.yaml --media 500ms --control none", false},
+		{fmt.Sprintf("%s --mark %d cloud.test < all.pac", pac, rules.OwnMark), false},
+		{pac + " cloud.test < all.pac", true},
+		{fmt.Sprintf("setpriv --bounding-set=-net_raw,-net_admin %s --mark %d cloud.test < all.pac", pac, rules.OwnMark), true}, // it may not
+	} {
+		before, w := o.status().Capture, o.pair.Watch(t, 443)
+		root(c.line)
+		seen, after := w.Stop(), o.status().Capture
+		left := false
+		for what := range seen.Stray {
+			left = left || strings.HasPrefix(what, "UDP") && strings.HasSuffix(what, " to "+outside4+":53")
+		}
+		captured := after.Streams+after.Associations > before.Streams+before.Associations
+		if captured != c.captured || left == c.captured {
+			t.Errorf("%s: captured %v, and lookups seen on the link %v", c.line, captured, left)
+		}
 	}
 }
 

@@ -177,6 +177,7 @@ http {
 	}
 	o.media(st.Listen)
 	o.stream(st.Listen, "127.0.0.1")
+	o.call(st.Listen)
 	if s := w.Stop(); s.TCP < 100 || len(s.Stray) > 0 {
 		t.Errorf("seen %+v, want TCP %d alone, and what tries UDP 443", s, port)
 	}

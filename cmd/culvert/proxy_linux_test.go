@@ -165,6 +165,7 @@ func throughSquid(t *testing.T, bin string) {
 	}
 	o.media(st.Listen)
 	o.stream(st.Listen, "127.0.0.1")
+	o.call(st.Listen)
 	if exec.Command(o.culvert, "stop", "--force", "--control", o.socket).Run() != nil {
 		t.Error("stop fails")
 	}

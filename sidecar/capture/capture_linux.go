@@ -6,7 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"maps"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -39,13 +39,13 @@ type Capture struct {
 	drops       [dropKinds]atomic.Uint64
 	up, down    atomic.Uint64
 	unreachable atomic.Uint64
+	refused     tunnel.Refusals
 	wg          sync.WaitGroup // connections and associations; added to under mu while not closed
 
 	mu           sync.Mutex // guards what follows; nothing is called while it is held
 	closed       bool
 	sources      map[netip.AddrPort]*source
 	streams      map[*stream]struct{}
-	refused      map[string]uint64
 	associations uint64
 	connections  uint64
 	evicted      uint64
@@ -70,7 +70,7 @@ func New(cfg Config) (*Capture, error) {
 	}
 	c := &Capture{
 		cfg: cfg, log: cfg.Log, sockets: cfg.Sockets, limited: rate.Sometimes{First: 10, Interval: time.Second}, fresh: rate.NewLimiter(newSources, 2*newSources),
-		sources: map[netip.AddrPort]*source{}, streams: map[*stream]struct{}{}, refused: map[string]uint64{},
+		sources: map[netip.AddrPort]*source{}, streams: map[*stream]struct{}{},
 	}
 	c.poller.MaxAge = cfg.MaxAge
 	return c, nil
@@ -92,7 +92,7 @@ func (c *Capture) Run(ctx context.Context) error {
 	var parts sync.WaitGroup
 	for _, l := range c.sockets.tcp {
 		parts.Go(func() {
-			if err := c.accept(ctx, l); err != nil {
+			if err := tunnel.AcceptConns(ctx, l, c.log, func(conn net.Conn) { c.take(ctx, conn) }); err != nil {
 				cancel(err)
 			}
 		})
@@ -168,7 +168,7 @@ func (c *Capture) Close() { c.sockets.Close() }
 // Stats returns the counters.
 func (c *Capture) Stats() Stats {
 	s := Stats{
-		Port: c.sockets.Port(), Dropped: map[string]uint64{},
+		Port: c.sockets.Port(), Dropped: map[string]uint64{}, Refused: c.refused.ByCode(),
 		Unreachable: c.unreachable.Load(), Up: c.up.Load(), Down: c.down.Load(),
 	}
 	if c.cfg.DNS.IsValid() {
@@ -186,7 +186,6 @@ func (c *Capture) Stats() Stats {
 	defer c.mu.Unlock()
 	s.Relays, s.Open = len(c.sources), len(c.streams)
 	s.Associations, s.Streams, s.Evicted = c.associations, c.connections, c.evicted
-	s.Refused = maps.Clone(c.refused)
 	return s
 }
 
@@ -209,12 +208,7 @@ func (c *Capture) Server(client netip.AddrPort) (server netip.AddrPort, network 
 // failed counts and logs what was refused to an app.
 func (c *Capture) failed(what string, app, to netip.AddrPort, err error) {
 	code := tunnel.CodeOf(err)
-	c.mu.Lock()
-	if _, ok := c.refused[string(code)]; !ok && len(c.refused) >= 64 {
-		code = tunnel.Internal // codes may come from the far end: the map must not grow with them
-	}
-	c.refused[string(code)]++
-	c.mu.Unlock()
+	c.refused.Add(code)
 	c.limited.Do(func() {
 		c.log.Info("capture: refused", "what", what, "code", string(code), "from", app, "to", to, "why", tunnel.Sentence(err))
 	})

@@ -47,3 +47,9 @@ func (*Capture) Server(netip.AddrPort) (server netip.AddrPort, network string, o
 
 // Protect is for Linux.
 func Protect(uint32) func(network, address string, c syscall.RawConn) error { return nil }
+
+// MayMark is for Linux.
+func MayMark() error {
+	_, err := Listen(0, 0)
+	return err
+}

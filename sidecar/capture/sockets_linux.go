@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -52,8 +53,7 @@ func Listen(port uint16, mark uint32) (_ *Sockets, err error) {
 			s.Close()
 		}
 	}()
-	raise()
-	if err := mayMark(); err != nil {
+	if err := MayMark(); err != nil {
 		return nil, err
 	}
 	for i, a := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
@@ -83,8 +83,7 @@ func (s *Sockets) listen(a netip.Addr, mark uint32) error {
 			if err = netio.Transparent(fd, v6); err != nil {
 				return
 			}
-			// What a connection sends has it too, and counts as ours.
-			if err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(mark))); err != nil {
+			if err = setMark(fd, mark); err != nil { // what a connection sends has it too, and counts as ours
 				return
 			}
 			if kind, e := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); e == nil && kind == unix.SOCK_DGRAM {
@@ -141,14 +140,7 @@ func (s *Sockets) rawSocket(a netip.Addr, mark uint32) (*netio.Sender, error) {
 func (s *Sockets) Port() uint16 { return s.port }
 
 // mine reports whether an address is one where they listen.
-func (s *Sockets) mine(a netip.AddrPort) bool {
-	for _, own := range s.own {
-		if a == own {
-			return true
-		}
-	}
-	return false
-}
+func (s *Sockets) mine(a netip.AddrPort) bool { return slices.Contains(s.own, a) }
 
 // takeUDP hands the sockets over, once.
 func (s *Sockets) takeUDP() []*net.UDPConn {
@@ -192,20 +184,24 @@ func (s *Sockets) Close() {
 func Protect(mark uint32) func(network, address string, c syscall.RawConn) error {
 	return func(_, _ string, c syscall.RawConn) error {
 		var err error
-		return errors.Join(c.Control(func(fd uintptr) {
-			err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(mark)))
-		}), err)
+		return errors.Join(c.Control(func(fd uintptr) { err = setMark(fd, mark) }), err)
 	}
 }
 
-// mayMark reports whether this process may mark its sockets, as Protect does.
-func mayMark() error {
+func setMark(fd uintptr, mark uint32) error {
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(mark)))
+}
+
+// MayMark returns why this process may not mark its sockets, as Protect does; nil:
+// it may. It puts a capability to use that the process has in reserve.
+func MayMark() error {
+	raise()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return tunnel.Errorf(tunnel.Internal, "no socket: %w", err)
 	}
 	defer unix.Close(fd)
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, 0); err != nil {
+	if err := setMark(uintptr(fd), 0); err != nil {
 		return explain(netip.AddrPort{}, err)
 	}
 	return nil

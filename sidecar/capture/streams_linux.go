@@ -4,10 +4,8 @@ package capture
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/netip"
-	"time"
 
 	"culvert/tunnel"
 )
@@ -24,37 +22,15 @@ func (s *stream) Abort(error) {
 	s.Close()
 }
 
-// accept serves connections until ctx ends.
-func (c *Capture) accept(ctx context.Context, l *net.TCPListener) error {
-	backoff := time.Duration(0)
-	for {
-		conn, err := l.AcceptTCP()
-		switch {
-		case ctx.Err() != nil:
-			if err == nil {
-				conn.Close()
-			}
-			return nil
-		case errors.Is(err, net.ErrClosed):
-			return tunnel.Errorf(tunnel.Internal, "the socket for captured connections was closed under it: %w", err)
-		case err != nil: // EMFILE and the like: those who are connected can still leave
-			backoff = min(max(2*backoff, 5*time.Millisecond), time.Second)
-			c.log.Error("capture: can not accept", "err", err, "retry", backoff)
-			select {
-			case <-ctx.Done():
-			case <-time.After(backoff):
-			}
-			continue
-		}
-		backoff = 0
-		s := &stream{TCPConn: conn, app: addrPort(conn.RemoteAddr()), to: addrPort(conn.LocalAddr())}
-		if err := c.admit(s); err != nil {
-			s.Abort(err)
-			c.failed("TCP", s.app, s.to, err)
-			continue
-		}
-		go c.serve(ctx, s)
+// take serves a connection, unless it is refused.
+func (c *Capture) take(ctx context.Context, conn net.Conn) {
+	s := &stream{TCPConn: conn.(*net.TCPConn), app: tunnel.AddrPortOf(conn.RemoteAddr()), to: tunnel.AddrPortOf(conn.LocalAddr())}
+	if err := c.admit(s); err != nil {
+		s.Abort(err)
+		c.failed("TCP", s.app, s.to, err)
+		return
 	}
+	go c.serve(ctx, s)
 }
 
 // admit counts a connection in.
@@ -100,13 +76,4 @@ func (c *Capture) serve(ctx context.Context, s *stream) {
 	if err := tunnel.Splice(s, far); err != nil {
 		c.log.Debug("capture: stream broke", "from", s.app, "to", s.to, "err", err)
 	}
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	t, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := t.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }

@@ -2,14 +2,14 @@ package httpproxy
 
 import (
 	"net"
-	"sync/atomic"
+
+	"culvert/tunnel"
 )
 
 // Conn is a connection through a proxy.
 type Conn struct {
-	net.Conn // the TCP connection, or TLS on it
-	tcp      net.Conn
-	counted  counted
+	net.Conn // below, or TLS on it
+	below    tunnel.Layered
 	via      string
 	first    []byte // what came behind the proxy's answer
 }
@@ -28,19 +28,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 func (c *Conn) Via() string { return c.via }
 
 // TCP is the connection to the proxy, whatever is spoken on it.
-func (c *Conn) TCP() net.Conn { return c.tcp }
+func (c *Conn) TCP() net.Conn { return c.below.TCP() }
 
 // Sent is how many bytes TCP was given since it was made.
-func (c *Conn) Sent() uint64 { return c.counted.sent.Load() }
-
-// counted counts what is written.
-type counted struct {
-	net.Conn
-	sent atomic.Uint64
-}
-
-func (c *counted) Write(p []byte) (int, error) {
-	n, err := c.Conn.Write(p)
-	c.sent.Add(uint64(n))
-	return n, err
-}
+func (c *Conn) Sent() uint64 { return c.below.Sent() }

@@ -142,15 +142,14 @@ func (d *Dialer) reach(ctx context.Context, network string, proxy *url.URL) (*Co
 	if err != nil {
 		return nil, unreachable(proxy, err)
 	}
-	c := &Conn{tcp: raw, via: name(proxy)}
-	c.counted.Conn = raw
-	c.Conn = &c.counted
+	below := tunnel.CountTCP(raw)
+	c := &Conn{Conn: below, below: below, via: name(proxy)}
 	if proxy.Scheme != "https" {
 		return c, nil
 	}
 	conf := d.cfg.TLS.Clone()
 	conf.ServerName = proxy.Hostname()
-	secured := tls.Client(&c.counted, conf)
+	secured := tls.Client(below, conf)
 	if err := secured.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		var verify *tls.CertificateVerificationError

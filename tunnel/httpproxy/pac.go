@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -42,6 +43,9 @@ type PAC struct {
 	TLS     *tls.Config // for an https URL; nil: the system's authorities
 	// Dial makes TCP connections to fetch it; nil: a net.Dialer.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Mark is what the program's packets are to have (SO_MARK), where it may set
+	// one; 0: nothing.
+	Mark uint32
 
 	mu      sync.Mutex // guards the fields below
 	script  []byte
@@ -132,7 +136,11 @@ func (p *PAC) ask(ctx context.Context, host string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	var out, bad bounded
-	cmd := exec.CommandContext(ctx, program, host)
+	args := []string{host}
+	if p.Mark != 0 {
+		args = []string{"--mark", strconv.FormatUint(uint64(p.Mark), 10), host}
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(script), &out, &bad
 	cmd.Env = []string{} // what is secret here is nothing to the script
 	cmd.Dir = "/"

@@ -87,7 +87,7 @@ func (c *carrier) Close(err error) error {
 func (c *carrier) Stats() tunnel.CarrierStats {
 	return tunnel.CarrierStats{
 		Kind:   "quic",
-		Local:  addrPort(c.conn.LocalAddr()),
+		Local:  tunnel.AddrPortOf(c.conn.LocalAddr()),
 		Remote: c.RemoteAddr(),
 		RTT:    c.conn.ConnectionStats().SmoothedRTT,
 	}

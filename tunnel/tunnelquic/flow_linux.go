@@ -388,7 +388,7 @@ func (f *flow) Send(p []byte, to tunnel.Path) error {
 func (f *flow) Path() tunnel.Path {
 	path := tunnel.Path{Remote: f.link.RemoteAddr()}
 	if f.all.local {
-		path.Local = addrPort(f.link.conn.LocalAddr()).Addr()
+		path.Local = tunnel.AddrPortOf(f.link.conn.LocalAddr()).Addr()
 	}
 	return path
 }

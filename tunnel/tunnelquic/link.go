@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/quic-go/quic-go"
+
+	"culvert/tunnel"
 )
 
 // A link is a QUIC connection after its handshake, as candidate and carrier
@@ -44,20 +46,11 @@ func newLink(conn *quic.Conn, sock *socket, server bool, maxAge time.Duration, r
 
 func (l *link) PeerKey() ed25519.PublicKey { return l.peer }
 func (l *link) Kind() string               { return "quic" }
-func (l *link) RemoteAddr() netip.AddrPort { return addrPort(l.conn.RemoteAddr()) }
+func (l *link) RemoteAddr() netip.AddrPort { return tunnel.AddrPortOf(l.conn.RemoteAddr()) }
 
 func (l *link) ExportKey(label string, context []byte, n int) ([]byte, error) {
 	tls := l.conn.ConnectionState().TLS
 	return tls.ExportKeyingMaterial(label, context, n)
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	udp, ok := a.(*net.UDPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := udp.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // reason says why the connection has ended; nil: it has not.

@@ -95,7 +95,7 @@ func (c *candidate) PeerKey() ed25519.PublicKey {
 	return key
 }
 
-func (c *candidate) RemoteAddr() netip.AddrPort { return addrPort(c.link.RemoteAddr()) }
+func (c *candidate) RemoteAddr() netip.AddrPort { return tunnel.AddrPortOf(c.link.RemoteAddr()) }
 
 func (c *candidate) Kind() string { return kind }
 
@@ -113,12 +113,4 @@ func (c *candidate) Close() error {
 	}
 	c.link.shut() // an unread byte or a peer that has gone is no failure to close
 	return nil
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	if t, ok := a.(*net.TCPAddr); ok {
-		ap := t.AddrPort()
-		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
-	}
-	return netip.AddrPort{}
 }

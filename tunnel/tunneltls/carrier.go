@@ -199,8 +199,8 @@ func (c *carrier) ExportKey(label string, context []byte, n int) ([]byte, error)
 func (c *carrier) Stats() tunnel.CarrierStats {
 	return tunnel.CarrierStats{
 		Kind:   kind,
-		Local:  addrPort(c.link.LocalAddr()),
-		Remote: addrPort(c.link.RemoteAddr()),
+		Local:  tunnel.AddrPortOf(c.link.LocalAddr()),
+		Remote: tunnel.AddrPortOf(c.link.RemoteAddr()),
 		RTT:    roundTrip(c.link.raw),
 	}
 }

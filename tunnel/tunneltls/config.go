@@ -21,12 +21,12 @@ type Config struct {
 	// Log takes what happens below; nil discards it.
 	Log *slog.Logger
 	// Dial makes the connection below a Dialer's TLS; nil: a net.Dialer's. It may
-	// be a Layered one.
+	// be a tunnel.Layered one.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// Other takes connections of a Listener whose TLS handshake is done and has
 	// chosen none of TLS.NextProtos, where TLS.GetConfigForClient lets such in.
-	// They are Layered, and Other's to close. nil: they are candidates like others.
+	// They are tunnel.Layered, and Other's to close. nil: they are candidates like others.
 	Other func(net.Conn)
 
 	// HandshakeTimeout bounds the way to a Candidate: TCP and TLS when
@@ -66,13 +66,6 @@ type Config struct {
 	MaxAge time.Duration
 
 	unread *atomic.Int64 // what has come on all carriers and was not read
-}
-
-// A Layered connection is not TCP itself but runs on it, in a WebSocket, say. What the kernel tells of TCP is of use here only beside how much it was given.
-type Layered interface {
-	net.Conn
-	TCP() net.Conn // the TCP connection below
-	Sent() uint64  // how many bytes TCP was given since it was made
 }
 
 // closeTimeout bounds the farewell on a stalled connection.

@@ -4,6 +4,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"culvert/tunnel"
 )
 
 // gather is the TCP connection as TLS writes it. Between hold and release the
@@ -11,8 +13,8 @@ import (
 // most of what a bulk transfer costs.
 type gather struct {
 	net.Conn
-	timeout time.Duration // Config.WriteTimeout
-	layered Layered       // Conn where it is not TCP itself; else nil
+	timeout time.Duration  // Config.WriteTimeout
+	layered tunnel.Layered // Conn where it is not TCP itself; else nil
 
 	mu   sync.Mutex // the reading side of TLS writes too: alerts, key updates
 	held bool
@@ -23,7 +25,7 @@ type gather struct {
 // newGather returns the TCP connection of conn, and what TLS is to write to.
 func newGather(conn net.Conn, timeout time.Duration) (raw net.Conn, g *gather) {
 	g = &gather{Conn: conn, timeout: timeout}
-	if layered, ok := conn.(Layered); ok {
+	if layered, ok := conn.(tunnel.Layered); ok {
 		g.layered = layered
 		return layered.TCP(), g
 	}

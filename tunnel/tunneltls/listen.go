@@ -82,38 +82,19 @@ func (l *listener) Close() error {
 }
 
 func (l *listener) serve() {
-	const slowest = time.Second
-	pause := 5 * time.Millisecond
-	for {
-		conn, err := l.ln.Accept()
-		switch {
-		case l.ctx.Err() != nil:
-			if err == nil {
-				conn.Close()
-			}
-			return
-		case errors.Is(err, net.ErrClosed): // closed by somebody else
-			l.stop()
-			return
-		case err != nil: // EMFILE, ENOBUFS, ECONNABORTED: it passes
-			l.cfg.Log.Warn("a TCP connection could not be accepted; trying again", "err", err, "after", pause)
-			select {
-			case <-time.After(pause):
-			case <-l.ctx.Done():
-			}
-			pause = min(2*pause, slowest)
-			continue
-		}
-		pause = 5 * time.Millisecond
-		place, ok := l.held.Enter(addrPort(conn.RemoteAddr()).Addr(), func() { conn.Close() })
+	err := tunnel.AcceptConns(l.ctx, l.ln, l.cfg.Log, func(conn net.Conn) {
+		place, ok := l.held.Enter(tunnel.AddrPortOf(conn.RemoteAddr()).Addr(), func() { conn.Close() })
 		if !ok {
 			conn.Close()
-			continue
+			return
 		}
 		l.wg.Go(func() {
 			defer place.Leave()
 			l.admit(conn)
 		})
+	})
+	if err != nil {
+		l.stop() // somebody else has closed it
 	}
 }
 
@@ -145,7 +126,7 @@ func (o other) TCP() net.Conn { return o.raw }
 func (o other) Sent() uint64  { return o.gather.total() }
 func (o other) Close() error  { return o.shut() }
 
-var _ Layered = other{}
+var _ tunnel.Layered = other{}
 
 func (l *listener) handshake(ctx context.Context, conn net.Conn) (*candidate, error) {
 	raw, g := newGather(conn, l.cfg.WriteTimeout)

@@ -9,27 +9,21 @@ import (
 	"sync/atomic"
 
 	"github.com/coder/websocket"
-)
 
-// layered is a connection that knows the TCP connection below it, as those
-// through a proxy do.
-type layered interface {
-	net.Conn
-	TCP() net.Conn
-	Sent() uint64
-}
+	"culvert/tunnel"
+)
 
 // Conn is the byte stream inside a WebSocket. A deadline that ends a Read or a
 // Write ends the connection.
 type Conn struct {
 	net.Conn
 	ws    *websocket.Conn
-	below layered
+	below tunnel.Layered
 	via   string
 	over  atomic.Bool // Close was called
 }
 
-func newConn(ws *websocket.Conn, below layered, via string) *Conn {
+func newConn(ws *websocket.Conn, below tunnel.Layered, via string) *Conn {
 	return &Conn{Conn: websocket.NetConn(context.Background(), ws, websocket.MessageBinary), ws: ws, below: below, via: via}
 }
 
@@ -76,27 +70,4 @@ func (c *Conn) Close() error {
 	err := c.ws.CloseNow()
 	c.Conn.Close() // its timers
 	return err
-}
-
-// counted is TCP itself, which counts what it is given.
-type counted struct {
-	net.Conn
-	sent atomic.Uint64
-}
-
-func (c *counted) Write(p []byte) (int, error) {
-	n, err := c.Conn.Write(p)
-	c.sent.Add(uint64(n))
-	return n, err
-}
-
-func (c *counted) TCP() net.Conn { return c.Conn }
-func (c *counted) Sent() uint64  { return c.sent.Load() }
-
-// on returns what runs on conn, with what knows TCP.
-func on(conn net.Conn) layered {
-	if l, ok := conn.(layered); ok {
-		return l
-	}
-	return &counted{Conn: conn}
 }

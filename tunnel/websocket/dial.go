@@ -56,14 +56,14 @@ func (d *Dialer) Dial(ctx context.Context, network, address string) (net.Conn, e
 	if u == nil {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%q is no address of a WebSocket", address)
 	}
-	var below layered
+	var below tunnel.Layered
 	var issuer string
 	secured := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		conn, err := d.cfg.Dial(ctx, network, to.String())
 		if err != nil {
 			return nil, err
 		}
-		below = on(conn)
+		below = tunnel.CountTCP(conn)
 		conf := d.cfg.TLS
 		if conf.ServerName == "" {
 			conf = conf.Clone()
@@ -95,7 +95,7 @@ func (d *Dialer) Dial(ctx context.Context, network, address string) (net.Conn, e
 
 // through says what the connection goes through: also by whose certificate the
 // outer TLS ends, which need not be where one thinks.
-func through(below layered, u *url.URL, issuer string) string {
+func through(below tunnel.Layered, u *url.URL, issuer string) string {
 	via := fmt.Sprintf("a WebSocket at %s (TLS by a certificate of %.80q)", u, issuer)
 	if p, ok := below.(interface{ Via() string }); ok && p.Via() != "" {
 		via = p.Via() + ", and " + via

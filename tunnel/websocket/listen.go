@@ -125,7 +125,7 @@ func (l *Listener) upgrade(w http.ResponseWriter, r *http.Request) {
 		l.cfg.Log.Debug("no WebSocket", "from", r.RemoteAddr, "err", err)
 		return
 	}
-	c := newConn(ws, r.Context().Value(belowKey{}).(layered), "")
+	c := newConn(ws, r.Context().Value(belowKey{}).(tunnel.Layered), "")
 	late := time.NewTimer(l.cfg.Timeout)
 	defer late.Stop()
 	select {
@@ -181,5 +181,5 @@ func (c counting) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return on(conn), nil
+	return tunnel.CountTCP(conn), nil
 }

@@ -121,7 +121,7 @@ func TestBytesPassBothWaysWhateverTheirSize(t *testing.T) {
 func TestAConnectionKnowsTheTCPBelow(t *testing.T) {
 	near, far := pair(t)
 	for name, c := range map[string]net.Conn{"near": near, "far": far} {
-		l := c.(layered)
+		l := c.(tunnel.Layered)
 		before := l.Sent()
 		if _, err := c.Write(make([]byte, 1000)); err != nil {
 			t.Fatal(err)

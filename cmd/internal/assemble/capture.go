@@ -22,6 +22,7 @@ import (
 
 // protection keeps this process's own packets from being captured.
 type protection struct {
+	mark     uint32 // 0: none
 	control  func(network, address string, c syscall.RawConn) error
 	resolver *net.Resolver
 }
@@ -33,7 +34,7 @@ func protect(c *config.Capture) protection {
 	}
 	control := capture.Protect(rules.OwnMark)
 	// The C library's resolver makes sockets that nobody can mark.
-	return protection{control, &net.Resolver{PreferGo: true, Dial: (&net.Dialer{Control: control}).DialContext}}
+	return protection{rules.OwnMark, control, &net.Resolver{PreferGo: true, Dial: (&net.Dialer{Control: control}).DialContext}}
 }
 
 // dialer is one whose packets are left alone.

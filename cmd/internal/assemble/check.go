@@ -7,16 +7,15 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
 	"time"
 
 	"culvert/cloudproxy/identity"
 	"culvert/cmd/internal/config"
 	"culvert/policy"
+	"culvert/sidecar/capture"
 	"culvert/sidecar/check"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
@@ -37,8 +36,8 @@ func NewCheck(ctx context.Context, c *config.Sidecar, address string, beside *co
 	if err != nil {
 		return check.Config{}, err
 	}
-	if os.Geteuid() != 0 {
-		own.Capture = nil // its mark is for root, and without a mark nothing would leave
+	if capture.MayMark() != nil {
+		own.Capture = nil // a socket that can not be marked would not be made
 	}
 	conf := check.Config{
 		Address: to.String(), Web: web != nil, Mode: tunnel.Mode(c.Mode), Pins: c.CloudProxy.Pin, Inspectors: c.CloudProxy.TrustInterception,
@@ -93,7 +92,7 @@ func NewCheck(ctx context.Context, c *config.Sidecar, address string, beside *co
 	conf.Lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
 		return p.resolver.LookupNetIP(ctx, "ip", host)
 	}
-	if err := proxyStep(ctx, &own, p.dialer(), &conf); err != nil {
+	if err := proxyStep(ctx, &own, p, &conf); err != nil {
 		return conf, err
 	}
 	if conf.QUIC, err = tunnelquic.NewDialer(tunnelquic.Config{TLS: conf.TLS, Control: p.control, Resolver: p.resolver, Log: log}); err != nil {
@@ -105,16 +104,16 @@ func NewCheck(ctx context.Context, c *config.Sidecar, address string, beside *co
 
 // proxyStep has the test go through an HTTP proxy where one leads to the cloud
 // proxy, as the sidecar would.
-func proxyStep(ctx context.Context, c *config.Sidecar, below *net.Dialer, conf *check.Config) error {
+func proxyStep(ctx context.Context, c *config.Sidecar, own protection, conf *check.Config) error {
 	roots, err := rootsFrom("proxy.ca_file", c.Proxy.CAFile)
 	if err != nil {
 		return err
 	}
-	choose, err := chooseProxy(&c.Proxy, &tls.Config{RootCAs: roots}, below)
+	choose, err := chooseProxy(&c.Proxy, &tls.Config{RootCAs: roots}, own)
 	if err != nil {
 		return err
 	}
-	through, err := throughProxy(&c.Proxy, below)
+	through, err := throughProxy(&c.Proxy, own)
 	if err != nil {
 		return err
 	}

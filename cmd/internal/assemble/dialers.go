@@ -21,7 +21,7 @@ import (
 
 // throughProxy makes what dials TCP for the tunnel: through an HTTP proxy, where
 // the configuration or the environment names one.
-func throughProxy(c *config.HTTPProxy, below *net.Dialer) (*httpproxy.Dialer, error) {
+func throughProxy(c *config.HTTPProxy, own protection) (*httpproxy.Dialer, error) {
 	roots, err := rootsFrom("proxy.ca_file", c.CAFile)
 	if err != nil {
 		return nil, err
@@ -30,18 +30,18 @@ func throughProxy(c *config.HTTPProxy, below *net.Dialer) (*httpproxy.Dialer, er
 		return nil, err
 	}
 	conf := &tls.Config{RootCAs: roots}
-	choose, err := chooseProxy(c, conf, below)
+	choose, err := chooseProxy(c, conf, own)
 	if err != nil {
 		return nil, err
 	}
-	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: below.DialContext})
+	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: own.dialer().DialContext})
 }
 
 // chooseProxy says which proxy leads to an address, if any.
-func chooseProxy(c *config.HTTPProxy, conf *tls.Config, below *net.Dialer) (httpproxy.Chooser, error) {
+func chooseProxy(c *config.HTTPProxy, conf *tls.Config, own protection) (httpproxy.Chooser, error) {
 	switch {
 	case c.PAC != "":
-		pac := &httpproxy.PAC{Source: c.PAC, TLS: conf, Dial: below.DialContext}
+		pac := &httpproxy.PAC{Source: c.PAC, TLS: conf, Dial: own.dialer().DialContext, Mark: own.mark}
 		return httpproxy.Except(c.NoProxy, pac.Choose), nil
 	case c.URL == "":
 		return httpproxy.Except(c.NoProxy, httpproxy.Environment()), nil

@@ -189,7 +189,7 @@ func newUplink(c *config.Sidecar, key ed25519.PrivateKey, changed, renewed <-cha
 	if err != nil {
 		return nil, err
 	}
-	through, err := throughProxy(&c.Proxy, own.dialer())
+	through, err := throughProxy(&c.Proxy, own)
 	if err != nil {
 		return nil, err
 	}
