@@ -670,6 +670,33 @@ func TestPeersThatSayNothingOrGarbageAreCut(t *testing.T) {
 	})
 }
 
+// Where a cloud proxy is slow to answer, sidecars give up and come again, and of
+// two connections they drop the slower one.
+func TestSidecarsThatGiveUpKeepNoOtherOfTheirAddressOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		for i := range 500 {
+			c, err := w.tcp.Dialer(key(3)).Dial(t.Context(), address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i%2 == 0 {
+				c.Write([]byte{0, 50, '{'}) // it was about to open
+			}
+			c.Close()
+		}
+		synctest.Wait()
+		began := time.Now()
+		s := w.sidecar(t, 0, tunnel.ModeTCP)
+		defer s.stop()
+		s.up(t)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("another is up after %v", took)
+		}
+	})
+}
+
 // breaking is a listener that can break.
 type breaking struct {
 	tunnel.Listener
