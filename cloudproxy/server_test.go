@@ -1,6 +1,7 @@
 package cloudproxy_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -646,11 +647,47 @@ func TestAJoinNeedsTheSessionsKey(t *testing.T) {
 	})
 }
 
+func TestWhoeverJoinsASessionThatIsNotThereMayOpenOneInstead(t *testing.T) {
+	for name, c := range map[string]struct {
+		next wire.Message
+		want tunnel.Code // "": it is welcome
+	}{
+		"an Open":      {wire.Message{Open: &wire.Open{Version: wire.Current, App: "app", Token: "secret"}}, ""},
+		"another Join": {wire.Message{Join: &wire.Join{Version: wire.Current, Session: "01", As: wire.AsCarrier}}, tunnel.Internal},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				defer w.serve(t)()
+				cand, m, err := w.join(t, 0, "00", wire.AsCarrier)
+				if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
+					t.Fatalf("%+v, %v", m, err)
+				}
+				defer cand.Close()
+				wire.Write(cand, c.next)
+				switch m, err = wire.Read(cand, wire.Version{}); {
+				case err != nil:
+					t.Error(err)
+				case c.want != "":
+					if m.Refused == nil || m.Refused.Code != c.want {
+						t.Errorf("it is answered with %+v", m)
+					}
+				case m.Welcome == nil || w.server.Sessions() != 1:
+					t.Errorf("it is answered with %+v; %d sessions", m, w.server.Sessions())
+				}
+			})
+		})
+	}
+}
+
 func TestPeersThatSayNothingOrGarbageAreCut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		defer w.serve(t)()
-		for name, say := range map[string][]byte{"nothing": nil, "garbage": []byte("GET / HTTP/1.1\r\n\r\n"), "half": {0, 50, '{'}, "out of place": append([]byte{0, 13}, `{"opened":{}}`...)} {
+		var b bytes.Buffer
+		wire.Write(&b, wire.Message{Join: &wire.Join{Version: wire.Current, Session: "00", As: wire.AsCarrier}})
+		join := b.Bytes()
+		for name, say := range map[string][]byte{"nothing": nil, "garbage": []byte("GET / HTTP/1.1\r\n\r\n"), "half": {0, 50, '{'}, "nothing more after a Join": join, "out of place": append([]byte{0, 13}, `{"opened":{}}`...)} {
 			c, err := w.tcp.Dialer(key(3)).Dial(t.Context(), address)
 			if err != nil {
 				t.Fatal(err)

@@ -645,7 +645,14 @@ func (r *run) describe(o orders) *tunnel.LinkState {
 	return &s
 }
 
-// join joins one more connection to the session.
+// mayOpenOn says whether the next session may be opened on a connection by this
+// dialer: by what is preferred, to the cloud proxy that is.
+func (r *run) mayOpenOn(d tunnel.Dialer) bool {
+	return (r.udp == nil || d == r.udp.dial) && same(r.named, r.u.cfg.Proxies[0]) && !r.left.Load()
+}
+
+// join joins one more connection to the session. Where that is not known any more
+// the connection is kept, since another session may be opened on it.
 func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, error) {
 	address := r.address
 	if own := r.welcome.Address; d.Kind() == "quic" && own != "" {
@@ -665,6 +672,10 @@ func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, e
 	case err != nil:
 	case m.Refused != nil:
 		err = m.Refused.Err()
+		if m.Refused.Code == tunnel.SessionUnknown && as == wire.AsCarrier && r.mayOpenOn(d) {
+			r.u.keep(&granted{cand: cand, took: time.Since(began)})
+			return nil, err
+		}
 	case m.Welcome == nil || m.Welcome.Session != r.welcome.Session:
 		err = tunnel.Errorf(tunnel.Internal, "%s answered a join with something else", r.address)
 	}
