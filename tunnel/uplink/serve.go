@@ -584,6 +584,9 @@ func (r *run) needs(now time.Time, v view) {
 	udp := false
 	if r.udp != nil {
 		udp, _ = r.udp.stands()
+		// Where nothing runs, a connection that was lost is joined again alone first:
+		// after a restart of the cloud proxy many come at once.
+		udp = udp || r.served && r.udp.failures() == 0
 	}
 	urgent := v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || r.choose.way == wire.NoWay && r.served)
 	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes, urgent)
