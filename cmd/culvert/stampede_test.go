@@ -21,6 +21,10 @@ import (
 // their keys: it is the file that they are made by.
 const stampedeConfig = "CULVERT_TEST_STAMPEDE_CONFIG"
 
+// stampedeStarts is how many sidecars start at once: it is not the start that is
+// to be measured.
+const stampedeStarts = 32
+
 // stampedeNews is a line that the process of sidecars writes about one of them.
 type stampedeNews struct {
 	Sidecar int
@@ -51,6 +55,7 @@ func stampede(args []string) int {
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
+	place := make(chan struct{}, stampedeStarts)
 	for i := range many {
 		c, err := config.ReadSidecar(os.Getenv(stampedeConfig))
 		if err != nil {
@@ -63,12 +68,20 @@ func stampede(args []string) int {
 		}
 		running.Go(func() {
 			defer s.Close()
+			select {
+			case place <- struct{}{}:
+			case <-ctx.Done():
+				return
+			}
+			started := sync.OnceFunc(func() { <-place })
+			defer started()
 			err := s.Link.Run(ctx, tunnel.ModeAuto, func(st tunnel.LinkState) {
 				if st.Change != nil {
 					return
 				}
 				n := stampedeNews{Sidecar: i, At: time.Now(), Code: st.Code, Why: st.Why, Refused: st.Refused}
 				if st.Phase == tunnel.LinkUp {
+					started()
 					n = stampedeNews{Sidecar: i, At: n.At, Session: st.Session}
 				}
 				news <- n
