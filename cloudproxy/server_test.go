@@ -20,6 +20,7 @@ import (
 
 	"culvert/cloudproxy"
 	"culvert/tunnel"
+	"culvert/tunnel/session"
 	"culvert/tunnel/tunneltest"
 	"culvert/tunnel/uplink"
 	"culvert/tunnel/wire"
@@ -879,6 +880,24 @@ func TestJoinsThatGoWrongLeaveTheLivingSessionAsItIs(t *testing.T) {
 		c, m, err = w.join(t, 1, theirs.Session, wire.AsCarrier)
 		if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
 			t.Errorf("a session that has ended: %+v, %v", m, err)
+		}
+		c.Close()
+		// One that has just expired, as no connection has served it for a minute.
+		c, err = w.tcp.Dialer(key(2)).Dial(t.Context(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wire.Write(c, wire.Message{Open: &wire.Open{Version: wire.Current, App: "app2", Token: "secret"}})
+		m, err = wire.Read(c, wire.Version{})
+		if err != nil || m.Welcome == nil {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		expired := m.Welcome.Session
+		c.Close()
+		time.Sleep(session.DefaultHold + time.Second)
+		c, m, err = w.join(t, 2, expired, wire.AsCarrier)
+		if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
+			t.Errorf("a session that has expired: %+v, %v", m, err)
 		}
 		c.Close()
 		// The same one again, since its answer was lost: idempotent.
