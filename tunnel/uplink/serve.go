@@ -53,7 +53,8 @@ type granted struct {
 // It is left for another cloud proxy when it says that it is going, when a call
 // hears nothing from it, and when a better one answers while nothing runs
 // (move.go). From ended Uplink.Run opens another session, unless that was a stop:
-// associations go on with new ports, streams are reset.
+// associations go on with new ports, streams are reset. After session_unknown it
+// does so at once, on the connection that was answered so.
 //
 // While it is served datagrams go by the way that the chooser names (choose.go),
 // and for two seconds around a change by a second one too. Each path joins and
