@@ -78,6 +78,7 @@ func TestASessionThatMayNotGoOnEndsWithinTwoSecondsAndSaysWhy(t *testing.T) {
 				break
 			}
 		}
+		synctest.Wait()
 		if w.mu.Lock(); w.released != 1 {
 			t.Errorf("released %d times", w.released)
 		}

@@ -3,7 +3,10 @@ package cloudproxy
 import (
 	"context"
 	"io"
+	"net"
 	"net/netip"
+	"os"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -52,6 +55,11 @@ func TestOnlyWhatSomebodyGuessesCountsAsAFailure(t *testing.T) {
 	} {
 		if got := strikesFor(tunnel.Errorf(code, "because")); got != want {
 			t.Errorf("%s: %d", code, got)
+		}
+	}
+	for _, gone := range []error{io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, os.ErrDeadlineExceeded} {
+		if got := strikesFor(gone); got != 0 {
+			t.Errorf("%v: %d", gone, got)
 		}
 	}
 }

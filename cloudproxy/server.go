@@ -211,18 +211,20 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 	default:
 		err = tunnel.Errorf(tunnel.Internal, "the connection begins with a message that does not belong there")
 	}
+	if m.Join != nil && m.Join.Session != "" && m.Join.As == wire.AsCarrier && tunnel.CodeOf(err) == tunnel.SessionUnknown {
+		// After a restart all come at once: they are spared another handshake.
+		s.refuse(c, m, err)
+		if m, err = wire.Read(c, wire.Version{}); err != nil { // it does not want to
+			return nil
+		}
+		if m.Open == nil {
+			err = tunnel.Errorf(tunnel.Internal, "the connection goes on with a message that does not belong there")
+		} else {
+			welcome, serve, err = s.open(ctx, c, m.Open)
+		}
+	}
 	if err != nil {
-		app := ""
-		if m.Open != nil {
-			app = tunnel.LogText(m.Open.App, logName)
-		}
-		s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
-		if m.Join == nil || m.Join.Session != "" { // else it only asks for the time
-			s.logRefusal(c, app, err)
-		}
-		no := wire.RefusedBy(err)
-		no.Refused.Time = time.Now().UTC().Truncate(time.Millisecond) // a sidecar whose clock is wrong learns why
-		wire.Write(c, no)                                             // if it can not be told it has gone
+		s.refuse(c, m, err)
 		lingerClose(c)
 		return nil
 	}
@@ -241,6 +243,21 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		s.end(welcome.Session, tunnel.Errorf(tunnel.CloudUnreachable, "the sidecar went away before it was welcomed"))
 	}
 	return nil
+}
+
+// refuse tells a peer why what it asked for is refused, and the log.
+func (s *Server) refuse(c tunnel.Candidate, m wire.Message, err error) {
+	app := ""
+	if m.Open != nil {
+		app = tunnel.LogText(m.Open.App, logName)
+	}
+	s.strikes.add(c.RemoteAddr().Addr(), strikesFor(err))
+	if m.Join == nil || m.Join.Session != "" { // else it only asks for the time
+		s.logRefusal(c, app, err)
+	}
+	no := wire.RefusedBy(err)
+	no.Refused.Time = time.Now().UTC().Truncate(time.Millisecond) // a sidecar whose clock is wrong learns why
+	wire.Write(c, no)                                             // if it can not be told it has gone
 }
 
 // logRefusal logs, but no flood.

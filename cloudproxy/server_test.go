@@ -1,6 +1,7 @@
 package cloudproxy_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -19,6 +20,7 @@ import (
 
 	"culvert/cloudproxy"
 	"culvert/tunnel"
+	"culvert/tunnel/session"
 	"culvert/tunnel/tunneltest"
 	"culvert/tunnel/uplink"
 	"culvert/tunnel/wire"
@@ -646,11 +648,47 @@ func TestAJoinNeedsTheSessionsKey(t *testing.T) {
 	})
 }
 
+func TestWhoeverJoinsASessionThatIsNotThereMayOpenOneInstead(t *testing.T) {
+	for name, c := range map[string]struct {
+		next wire.Message
+		want tunnel.Code // "": it is welcome
+	}{
+		"an Open":      {wire.Message{Open: &wire.Open{Version: wire.Current, App: "app", Token: "secret"}}, ""},
+		"another Join": {wire.Message{Join: &wire.Join{Version: wire.Current, Session: "01", As: wire.AsCarrier}}, tunnel.Internal},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				defer w.serve(t)()
+				cand, m, err := w.join(t, 0, "00", wire.AsCarrier)
+				if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
+					t.Fatalf("%+v, %v", m, err)
+				}
+				defer cand.Close()
+				wire.Write(cand, c.next)
+				switch m, err = wire.Read(cand, wire.Version{}); {
+				case err != nil:
+					t.Error(err)
+				case c.want != "":
+					if m.Refused == nil || m.Refused.Code != c.want {
+						t.Errorf("it is answered with %+v", m)
+					}
+				case m.Welcome == nil || w.server.Sessions() != 1:
+					t.Errorf("it is answered with %+v; %d sessions", m, w.server.Sessions())
+				}
+			})
+		})
+	}
+}
+
 func TestPeersThatSayNothingOrGarbageAreCut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		defer w.serve(t)()
-		for name, say := range map[string][]byte{"nothing": nil, "garbage": []byte("GET / HTTP/1.1\r\n\r\n"), "half": {0, 50, '{'}, "out of place": append([]byte{0, 13}, `{"opened":{}}`...)} {
+		var b bytes.Buffer
+		wire.Write(&b, wire.Message{Join: &wire.Join{Version: wire.Current, Session: "00", As: wire.AsCarrier}})
+		join := b.Bytes()
+		for name, say := range map[string][]byte{"nothing": nil, "garbage": []byte("GET / HTTP/1.1\r\n\r\n"), "half": {0, 50, '{'}, "nothing more after a Join": join, "out of place": append([]byte{0, 13}, `{"opened":{}}`...)} {
 			c, err := w.tcp.Dialer(key(3)).Dial(t.Context(), address)
 			if err != nil {
 				t.Fatal(err)
@@ -667,6 +705,33 @@ func TestPeersThatSayNothingOrGarbageAreCut(t *testing.T) {
 		defer s.stop()
 		s.up(t)
 		s.works(t)
+	})
+}
+
+// Where a cloud proxy is slow to answer, sidecars give up and come again, and of
+// two connections they drop the slower one.
+func TestSidecarsThatGiveUpKeepNoOtherOfTheirAddressOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		defer w.serve(t)()
+		for i := range 500 {
+			c, err := w.tcp.Dialer(key(3)).Dial(t.Context(), address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i%2 == 0 {
+				c.Write([]byte{0, 50, '{'}) // it was about to open
+			}
+			c.Close()
+		}
+		synctest.Wait()
+		began := time.Now()
+		s := w.sidecar(t, 0, tunnel.ModeTCP)
+		defer s.stop()
+		s.up(t)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("another is up after %v", took)
+		}
 	})
 }
 
@@ -815,6 +880,24 @@ func TestJoinsThatGoWrongLeaveTheLivingSessionAsItIs(t *testing.T) {
 		c, m, err = w.join(t, 1, theirs.Session, wire.AsCarrier)
 		if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
 			t.Errorf("a session that has ended: %+v, %v", m, err)
+		}
+		c.Close()
+		// One that has just expired, as no connection has served it for a minute.
+		c, err = w.tcp.Dialer(key(2)).Dial(t.Context(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wire.Write(c, wire.Message{Open: &wire.Open{Version: wire.Current, App: "app2", Token: "secret"}})
+		m, err = wire.Read(c, wire.Version{})
+		if err != nil || m.Welcome == nil {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		expired := m.Welcome.Session
+		c.Close()
+		time.Sleep(session.DefaultHold + time.Second)
+		c, m, err = w.join(t, 2, expired, wire.AsCarrier)
+		if err != nil || m.Refused == nil || m.Refused.Code != tunnel.SessionUnknown {
+			t.Errorf("a session that has expired: %+v, %v", m, err)
 		}
 		c.Close()
 		// The same one again, since its answer was lost: idempotent.

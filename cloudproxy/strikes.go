@@ -1,6 +1,7 @@
 package cloudproxy
 
 import (
+	"errors"
 	"net/netip"
 	"sync"
 	"time"
@@ -86,7 +87,11 @@ func (s *strikes) out(from netip.Addr) error {
 
 // strikesFor is how many failures an error is.
 func strikesFor(err error) int {
-	switch tunnel.CodeOf(err) {
+	var said *tunnel.Error
+	if !errors.As(err, &said) { // the peer has gone before it had said all, as many do that come at once
+		return 0
+	}
+	switch said.Code {
 	case tunnel.TokenRejected, tunnel.NotPermitted, tunnel.Internal:
 		return 1
 	}

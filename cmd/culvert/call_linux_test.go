@@ -291,6 +291,17 @@ func (o *only443) call(proxy string) {
 	}
 }
 
+// needNFT skips the test where callFilter can not work.
+func needNFT(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("nft"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("CI=true says that nothing may be left out: %v", err)
+		}
+		t.Skipf("the path is changed by nft: %v", err)
+	}
+}
+
 // callFilter replaces the packet filter of a namespace.
 func callFilter(t *testing.T, at *netpair.Space, rules string) {
 	t.Helper()
@@ -379,12 +390,7 @@ func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 		t.Skip("the call lasts 20 s")
 	}
 	netpair.New(t) // skips before anything is built
-	if _, err := exec.LookPath("nft"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("CI=true says that nothing may be left out: %v", err)
-		}
-		t.Skipf("the path is changed by nft: %v", err)
-	}
+	needNFT(t)
 	bin := t.TempDir()
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -96,6 +98,17 @@ func TestACallOutlivesItsCloudProxy(t *testing.T) {
 		o := newOutlive(t, bin)
 		o.talk()
 		o.goesBy("sealed")
+		stream := o.connect(o.streams(nil), outliveEcho, 'x')
+		if _, err := io.ReadFull(stream, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		var end time.Time // of the stream, before ended
+		go func() {
+			_, err := stream.Read(make([]byte, 1))
+			end = time.Now()
+			ended <- err
+		}()
 		settle()
 		killed := time.Now()
 		kill(t, o.clouds[0])
@@ -104,13 +117,17 @@ func TestACallOutlivesItsCloudProxy(t *testing.T) {
 		again := o.listens(443)
 		time.Sleep(4 * time.Second)
 		now := time.Now()
+		if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("a TCP stream ends with %v, want a reset", err)
+		}
+		o.within("after it listens a TCP stream is reset in", max(0, end.Sub(again)), time.Second, killed, now)
 		took, ok := o.call.After(again)
 		if !ok {
 			t.Fatal("media does not come again")
 		}
 		o.mostly("after it listens media comes again in", took, time.Second, 2*time.Second, killed, now)
 		o.within("the oldest packet", o.call.Oldest(killed, now), 150*time.Millisecond, killed, now)
-		if c := o.changed(tunnel.ChangedSession); !strings.Contains(c.Why, "associations go on with new ports") {
+		if c := o.changed(tunnel.ChangedSession); !strings.Contains(c.Why, "associations go on with new ports, streams were reset") {
 			t.Errorf("told: %v", c)
 		}
 	})

@@ -6,12 +6,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
 	"culvert/cmd/internal/link"
 	"culvert/cmd/internal/netcall"
 	"culvert/cmd/internal/netpair"
+	"culvert/tunnel"
 )
 
 // outliveDelay is the link's, one-way.
@@ -255,6 +257,47 @@ func TestACallOutlivesItsPath(t *testing.T) {
 			o.onePort()
 		})
 	}
+	t.Run("TCP reset by a middlebox", func(t *testing.T) {
+		needNFT(t)
+		o := newOutlive(t, bin, "--mode", "tcp")
+		far := o.streams(nil)
+		o.talk()
+		o.goesBy("lanes")
+		socket := o.connect(far, outliveEcho)
+		end := make(chan struct{})
+		var chat sync.WaitGroup
+		chat.Go(func() {
+			if sent, err := outliveChat(socket, end); err != nil {
+				t.Errorf("of %d messages of a WebSocket: %v", sent, err)
+			}
+		})
+		settle()
+		began := time.Now()
+		var worst time.Duration
+		for range 3 {
+			at := time.Now()
+			// A connection that carries anything in this time is reset.
+			callFilter(t, o.pair.Far, "iifname link tcp dport 443 tcp flags & (syn | rst) == 0 reject with tcp reset")
+			time.Sleep(100 * time.Millisecond)
+			callFilter(t, o.pair.Far, "")
+			time.Sleep(lasts(3*time.Second, 15*time.Second))
+			worst = max(worst, o.call.Gap(at, time.Now()))
+		}
+		now := time.Now()
+		close(end)
+		chat.Wait()
+		o.within("the longest gap", worst, time.Second, began, now)
+		o.onePort()
+		lost := 0
+		for _, c := range runStatus(t, o.socket).Changes {
+			if c.What == tunnel.ChangedCarrier && c.To == "" {
+				lost++
+			}
+		}
+		if lost == 0 {
+			t.Error("of no reset connection is told: nothing was reset")
+		}
+	})
 	t.Run("a source port rebound every second", func(t *testing.T) {
 		o := newOutlive(t, bin)
 		o.talk()

@@ -1,7 +1,10 @@
 package session
 
 import (
+	"errors"
+	"io"
 	"math"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,4 +91,56 @@ func TestAReportTakesNoMemory(t *testing.T) {
 	}); allocs >= 1 {
 		t.Errorf("%v allocations for each", allocs)
 	}
+}
+
+// A peer that says to have received bytes of a stream which were never sent.
+func TestAnAcknowledgementOfWhatWasNeverSentEndsItsStreamAloneAndByName(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{})
+		defer p.end()
+		open := func() tunnel.Stream {
+			s, err := p.near.OpenStream(t.Context(), tunnel.Peer{}, alpha)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		echoes := func(s tunnel.Stream) error {
+			if _, err := s.Write([]byte("hello")); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(s, make([]byte, 5))
+			return err
+		}
+		one := open()
+		var number uint64
+		p.far.mu.Lock()
+		for n := range p.far.lines {
+			number = max(number, n)
+		}
+		p.far.mu.Unlock()
+		two := open()
+		defer two.Close()
+		if err := errors.Join(echoes(one), echoes(two)); err != nil {
+			t.Fatal(err)
+		}
+		s, err := p.at.carriers[0].carrier.OpenStream(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		wire.Write(s, wire.Message{Resume: &wire.Resume{Number: number, Received: 1 << 40}})
+		wire.Read(s, wire.Current)
+		synctest.Wait()
+		s.Abort(nil)
+		if err := echoes(one); !errors.Is(err, tunnel.SessionExpired) || !strings.Contains(err.Error(), "the stream has ended at the cloud proxy") {
+			t.Errorf("the stream ends with %v", err)
+		}
+		one.Close()
+		if err := echoes(two); err != nil {
+			t.Errorf("another stream of the session: %v", err)
+		}
+		if p.far.ctx.Err() != nil {
+			t.Error("the session has ended")
+		}
+	})
 }

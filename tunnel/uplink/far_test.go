@@ -149,20 +149,26 @@ func redirect(to ...string) *wire.Message {
 // ends it.
 func (f *far) serve(c tunnel.Candidate, kind, address string) {
 	defer c.Close()
-	m, err := wire.Read(c, wire.Version{})
-	if err != nil {
-		return
-	}
-	what := " open "
-	if m.Join != nil {
-		what = " join "
-	}
-	f.mu.Lock()
-	f.asked = append(f.asked, kind+what+address)
-	f.mu.Unlock()
-	reply := f.answer(kind, address, m)
-	if reply != nil {
-		wire.Write(c, *reply)
+	var m wire.Message
+	var reply *wire.Message
+	for {
+		var err error
+		if m, err = wire.Read(c, wire.Version{}); err != nil {
+			return
+		}
+		what := " open "
+		if m.Join != nil {
+			what = " join "
+		}
+		f.mu.Lock()
+		f.asked = append(f.asked, kind+what+address)
+		f.mu.Unlock()
+		if reply = f.answer(kind, address, m); reply != nil {
+			wire.Write(c, *reply)
+		}
+		if m.Join == nil || m.Join.As != wire.AsCarrier || reply == nil || reply.Refused == nil || reply.Refused.Code != tunnel.SessionUnknown {
+			break // else it may go on with an Open
+		}
 	}
 	switch {
 	case reply == nil || reply.Welcome == nil:

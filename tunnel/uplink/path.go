@@ -13,8 +13,9 @@ import (
 )
 
 const (
-	// joinTime bounds one attempt to join: where a link comes back, a fresh
-	// attempt is quicker than a first packet that waits to be repeated.
+	// joinTime bounds one attempt to join, where a call waits or it is the first:
+	// where a link comes back, a fresh attempt is quicker than a first packet that
+	// waits to be repeated.
 	joinTime = time.Second
 	// joinStagger is what lies between attempts while nothing serves the session.
 	joinStagger = 200 * time.Millisecond
@@ -285,8 +286,8 @@ func (p *path) rest(ctx context.Context, rest time.Duration) {
 // how long to rest; 0: until something changes.
 func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 	p.mu.Lock()
-	wanted, fails, rest := p.wanted, p.fails, time.Until(p.later)
-	if p.urgent {
+	wanted, urgent, fails, rest := p.wanted, p.urgent, p.fails, time.Until(p.later)
+	if urgent {
 		rest = 0
 	}
 	p.mu.Unlock()
@@ -297,8 +298,11 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 		return nil, rest
 	}
 	limit := joinTime
-	if fails > 5 { // the path may just be long
+	switch {
+	case fails > 5: // the path may just be long
 		limit = openTime
+	case !urgent: // or many come at once, for whom each attempt that is given up is work in vain
+		limit = min(limit<<fails, openTime)
 	}
 	dialling, cancel := context.WithTimeoutCause(ctx, limit, tunnel.Errorf(tunnel.CloudUnreachable, "joining over %s took longer than %v", p.kind, limit))
 	g, err := p.run.join(dialling, p.dial, wire.AsCarrier)
@@ -320,10 +324,11 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 	if err == nil {
 		return g, 0
 	}
+	p.run.tell()
 	if tunnel.CodeOf(err) == tunnel.SessionUnknown {
 		p.run.end(err)
+		return nil, 0
 	}
-	p.run.tell()
 	return nil, p.pause(fails)
 }
 

@@ -53,7 +53,8 @@ type granted struct {
 // It is left for another cloud proxy when it says that it is going, when a call
 // hears nothing from it, and when a better one answers while nothing runs
 // (move.go). From ended Uplink.Run opens another session, unless that was a stop:
-// associations go on with new ports, streams are reset.
+// associations go on with new ports, streams are reset. After session_unknown it
+// does so at once, on the connection that was answered so.
 //
 // While it is served datagrams go by the way that the chooser names (choose.go),
 // and for two seconds around a change by a second one too. Each path joins and
@@ -584,6 +585,9 @@ func (r *run) needs(now time.Time, v view) {
 	udp := false
 	if r.udp != nil {
 		udp, _ = r.udp.stands()
+		// Where nothing runs, a connection that was lost is joined again alone first:
+		// after a restart of the cloud proxy many come at once.
+		udp = udp || r.served && r.udp.failures() == 0
 	}
 	urgent := v.live && (r.choose.way == wire.WayLanes || !r.choose.doubt.IsZero() || r.choose.way == wire.NoWay && r.served)
 	r.tcp.want(!udp || now.Before(r.busyTill) || r.choose.way == wire.WayLanes, urgent)
@@ -645,7 +649,14 @@ func (r *run) describe(o orders) *tunnel.LinkState {
 	return &s
 }
 
-// join joins one more connection to the session.
+// mayOpenOn says whether the next session may be opened on a connection by this
+// dialer: by what is preferred, to the cloud proxy that is.
+func (r *run) mayOpenOn(d tunnel.Dialer) bool {
+	return (r.udp == nil || d == r.udp.dial) && same(r.named, r.u.cfg.Proxies[0]) && !r.left.Load()
+}
+
+// join joins one more connection to the session. Where that is not known any more
+// the connection is kept, since another session may be opened on it.
 func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, error) {
 	address := r.address
 	if own := r.welcome.Address; d.Kind() == "quic" && own != "" {
@@ -665,6 +676,10 @@ func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, e
 	case err != nil:
 	case m.Refused != nil:
 		err = m.Refused.Err()
+		if m.Refused.Code == tunnel.SessionUnknown && as == wire.AsCarrier && r.mayOpenOn(d) {
+			r.u.keep(&granted{cand: cand, took: time.Since(began)})
+			return nil, err
+		}
 	case m.Welcome == nil || m.Welcome.Session != r.welcome.Session:
 		err = tunnel.Errorf(tunnel.Internal, "%s answered a join with something else", r.address)
 	}

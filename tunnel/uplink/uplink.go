@@ -62,7 +62,8 @@ const (
 //	            │ failed: backoff                       │
 //	            └── can not be mended, or lost for 20 min ──► return the cause
 //
-//	connect: for each cloud proxy: race ──► Open
+//	connect: for each cloud proxy: race ──► Open; or Open alone, on the connection
+//	         on which a Join was answered with session_unknown
 //	race:    QUIC ─────────────► first handshake wins; the other is dropped
 //	         150 ms ──► TLS ───►
 //	         and, when the cloud proxy says that it is going, the next one (move.go)
@@ -78,6 +79,7 @@ type Uplink struct {
 	memory    memory
 	lingering sync.WaitGroup // sessions that another has taken over from
 	leftFor   string         // why the last one was left; Run's goroutine's
+	spare     chan *granted  // capacity 1: a connection on which a session may be opened
 
 	mu   sync.Mutex         // guards told
 	told []tunnel.ProxyAddr // cloud proxies that one of them has told of
@@ -112,7 +114,7 @@ func New(cfg Config) (*Uplink, error) {
 		cfg.jitter = func(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 	}
 	near := session.NewNear(cfg.Age)
-	return &Uplink{Near: near, cfg: cfg, log: cfg.Log, instance: fmt.Sprintf("%016x", rand.Uint64()), narrator: narrator{course: near.Course}}, nil
+	return &Uplink{Near: near, spare: make(chan *granted, 1), cfg: cfg, log: cfg.Log, instance: fmt.Sprintf("%016x", rand.Uint64()), narrator: narrator{course: near.Course}}, nil
 }
 
 // Run implements tunnel.Link.
@@ -125,6 +127,7 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 		}
 		u.EndAll(why)
 		u.lingering.Wait()
+		u.dropSpare()
 	}()
 	var said tunnel.LinkState
 	say := func(state tunnel.LinkState) {
@@ -140,7 +143,10 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 	for {
 		var g *granted
 		trying := time.Now()
-		if g, err = u.connect(ctx, mode, address); err == nil {
+		if g, err = u.again(ctx, mode, address); g == nil && err == nil {
+			g, err = u.connect(ctx, mode, address)
+		}
+		if err == nil {
 			up := time.Now()
 			if everUp {
 				u.reopened(g, address, lost, ended, say)
@@ -168,6 +174,11 @@ func (u *Uplink) Run(ctx context.Context, mode tunnel.Mode, report func(tunnel.L
 			return err
 		}
 		say(connecting(err))
+		if wait == firstBackoff && len(u.spare) > 0 {
+			wait *= 2 // once, or it might come and go as fast as it can
+			continue
+		}
+		u.dropSpare()
 		pause := u.cfg.jitter(wait)
 		u.log.Warn("no connection to the cloud proxy", "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err), "again_in", pause.Round(time.Millisecond))
 		wait = min(2*wait, maxBackoff)
@@ -266,13 +277,19 @@ func (u *Uplink) connect(ctx context.Context, mode tunnel.Mode, after string) (*
 	return nil, first
 }
 
+// hello is what is said to open a session.
+func (u *Uplink) hello() (wire.Open, error) {
+	hello, err := u.cfg.Open()
+	hello.Version, hello.Sealed, hello.Instance = wire.Current, media.PreferredAEADs(), u.instance
+	return hello, err
+}
+
 // open opens a session with one cloud proxy.
 func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, redirects int) (*granted, error) {
-	hello, err := u.cfg.Open()
+	hello, err := u.hello()
 	if err != nil {
 		return nil, err
 	}
-	hello.Version, hello.Sealed, hello.Instance = wire.Current, media.PreferredAEADs(), u.instance
 	ask := wire.Message{Open: &hello}
 	began := time.Now()
 	cand, why, err := u.race(ctx, mode, address)
@@ -289,25 +306,69 @@ func (u *Uplink) open(ctx context.Context, mode tunnel.Mode, address string, red
 		}
 		m, err = exchange(ctx, cand, ask)
 	}
+	return u.answered(ctx, mode, &granted{cand: cand, address: address, why: why, token: hello.Token, took: time.Since(began)}, m, err, redirects)
+}
+
+// again opens a session on the connection on which the cloud proxy at address has
+// said that it does not know the one before, as after a restart: a call waits,
+// and many sidecars come at once. It returns nothing where there is none.
+func (u *Uplink) again(ctx context.Context, mode tunnel.Mode, address string) (*granted, error) {
+	var g *granted
+	select {
+	case g = <-u.spare:
+	default:
+		return nil, nil
+	}
+	hello, err := u.hello()
+	if err != nil {
+		g.cand.Close()
+		return nil, err
+	}
+	g.address, g.token = address, hello.Token
+	g.why = fmt.Sprintf("%s answered in %v when the session before was to be joined", g.cand.Kind(), inWords(g.took))
+	m, err := exchange(ctx, g.cand, wire.Message{Open: &hello})
+	return u.answered(ctx, mode, g, m, err, maxRedirects)
+}
+
+// keep keeps a connection for again.
+func (u *Uplink) keep(g *granted) {
+	select {
+	case u.spare <- g:
+	default:
+		g.cand.Close()
+	}
+}
+
+func (u *Uplink) dropSpare() {
+	select {
+	case g := <-u.spare:
+		g.cand.Close()
+	default:
+	}
+}
+
+// answered returns what came of an Open on a connection, by the answer.
+func (u *Uplink) answered(ctx context.Context, mode tunnel.Mode, g *granted, m wire.Message, err error, redirects int) (*granted, error) {
 	switch {
 	case err != nil:
 	case m.Refused != nil:
 		err = refusal{m.Refused.Err()}
 	case m.Redirect != nil:
-		cand.Close()
-		return u.follow(ctx, mode, address, m.Redirect.Addresses, redirects)
+		g.cand.Close()
+		return u.follow(ctx, mode, g.address, m.Redirect.Addresses, redirects)
 	case m.Welcome == nil:
-		err = tunnel.Errorf(tunnel.Internal, "%s answered the opening with something else", address)
+		err = tunnel.Errorf(tunnel.Internal, "%s answered the opening with something else", g.address)
 	}
 	if err != nil {
-		cand.Close()
+		g.cand.Close()
 		return nil, err
 	}
-	u.hear(address, m.Welcome.Proxies)
-	if v := via(cand); v != "" {
-		why += "; through " + v
+	g.welcome = *m.Welcome
+	u.hear(g.address, m.Welcome.Proxies)
+	if v := via(g.cand); v != "" {
+		g.why += "; through " + v
 	}
-	return &granted{cand, *m.Welcome, address, why, hello.Token, time.Since(began)}, nil
+	return g, nil
 }
 
 // via says what a connection goes through, such as a proxy; "": nothing.

@@ -225,6 +225,57 @@ func TestCloudProxiesAreTriedInTheirOrder(t *testing.T) {
 	})
 }
 
+// After a restart of a cloud proxy all its sidecars come at once.
+func TestANewSessionNeedsNoOtherConnectionThanTheOneThatAskedForTheOld(t *testing.T) {
+	for name, c := range map[string]struct {
+		silent bool // to an Open after a Join
+		dials  int
+		pauses []time.Duration
+	}{
+		"usually":                               {false, 2, nil},
+		"where the cloud proxy does not answer": {true, 3, []time.Duration{firstBackoff * 2}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFar(t, first)
+				defer f.end()
+				f.answer = func(_, _ string, m wire.Message) *wire.Message {
+					switch n := len(f.askedFor()); {
+					case m.Join != nil:
+						return refused(tunnel.SessionUnknown)
+					case c.silent && n == 3:
+						return nil
+					}
+					return welcome(m)
+				}
+				r := f.run(tunnel.ModeUDP, nil)
+				r.up()
+				time.Sleep(time.Minute)
+				r.pauses()
+				f.nets["quic"].Cut()
+				r.failed(1)
+				r.up()
+				if n := len(f.dialsOf("quic")); n != c.dials {
+					t.Errorf("%d connections, want %d; asked for %v", n, c.dials, f.askedFor())
+				}
+				if got := r.pauses(); !slices.Equal(got, c.pauses) {
+					t.Errorf("pauses %v, want %v", got, c.pauses)
+				}
+				// One that comes and goes as fast as it can is not followed that fast.
+				f.nets["quic"].Cut()
+				for range 100_000 {
+					if len(r.pauses()) > 0 {
+						r.stop()
+						return
+					}
+					time.Sleep(time.Millisecond)
+				}
+				t.Error("there is no pause")
+			})
+		})
+	}
+}
+
 func TestUDPThatStopsAfterTheHandshakeLeavesTLS(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFar(t, first)
