@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"culvert/cmd/internal/assemble"
 	"culvert/tunnel"
 )
 
@@ -51,7 +52,7 @@ Exit codes: 0 done, 1 failed, 2 usage.`,
 	}
 	err := app.RunContext(ctx, args)
 	if err != nil {
-		fmt.Fprintln(stderr, "culvert-cloudproxy:", err)
+		fmt.Fprintln(stderr, "culvert-cloudproxy:", assemble.Line(err))
 	}
 	return exitCode(err)
 }
