@@ -22,6 +22,7 @@ import (
 var version = "development"
 
 func main() {
+	assemble.KeepSecrets()
 	os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr))
 }
 

@@ -65,7 +65,7 @@ func (h *auditHandler) Enabled(ctx context.Context, l slog.Level) bool {
 }
 
 func (h *auditHandler) Handle(ctx context.Context, r slog.Record) error {
-	leftOut, ok := h.flood.pass(r.Message)
+	leftOut, ok := h.flood.pass(r.Level, r.Message)
 	if !ok {
 		return nil
 	}
@@ -202,7 +202,9 @@ func fit(a slog.Attr, left *int) slog.Attr {
 const (
 	floodBurst = 2000 // lines of one message: as when a thousand sidecars come back at once
 	floodRate  = 20   // a second, from then on
-	floodKinds = 256  // messages that are told apart; some come from libraries
+	debugBurst = 50   // the same of level debug, where strangers come to who say nothing of use
+	debugRate  = 10
+	floodKinds = 256 // messages that are told apart; some come from libraries
 )
 
 // flood bounds how often each message is written.
@@ -218,7 +220,7 @@ type floodKind struct {
 
 // pass reports whether a line with this message may be written, and how many
 // have not been since the last.
-func (f *flood) pass(message string) (leftOut int, ok bool) {
+func (f *flood) pass(level slog.Level, message string) (leftOut int, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.kinds == nil {
@@ -231,6 +233,9 @@ func (f *flood) pass(message string) (leftOut int, ok bool) {
 	}
 	if k == nil {
 		k = &floodKind{limit: rate.NewLimiter(floodRate, floodBurst)}
+		if level < slog.LevelInfo {
+			k.limit = rate.NewLimiter(debugRate, debugBurst)
+		}
 		f.kinds[message] = k
 	}
 	if !k.limit.Allow() {

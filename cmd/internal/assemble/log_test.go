@@ -143,10 +143,17 @@ func TestALineIsOneAndShortWhateverItHolds(t *testing.T) {
 func TestAMessageThatComesAllTheTimeIsLeftOutAndCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer
-		log, err := NewLog(config.Log{}, "", &out)
+		log, err := NewLog(config.Log{Level: "debug"}, "", &out)
 		if err != nil {
 			t.Fatal(err)
 		}
+		for range 10_000 {
+			log.Debug("strangers")
+		}
+		if n := strings.Count(out.String(), "\n"); n != debugBurst {
+			t.Errorf("10,000 lines of level debug at once are %d", n)
+		}
+		out.Reset()
 		for range 10_000 {
 			log.With("session", "1").Info("flood")
 		}
