@@ -23,8 +23,9 @@ import (
 )
 
 const (
-	// greetingTime bounds the opening exchange, admission included.
-	greetingTime = 5 * time.Second
+	// greetingTime bounds the opening exchange, admission included. It is a little
+	// below the 5 s in which a silent peer must be gone.
+	greetingTime = 4500 * time.Millisecond
 	// maxJoins bounds the connections that have joined a session and live.
 	maxJoins    = 16
 	maxInstance = 64 // bytes
@@ -223,7 +224,9 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		no := wire.RefusedBy(err)
 		no.Refused.Time = time.Now().UTC().Truncate(time.Millisecond) // a sidecar whose clock is wrong learns why
 		wire.Write(c, no)                                             // if it can not be told it has gone
-		lingerClose(c)
+		if time.Now().Before(deadline) {                              // else it has had its time
+			lingerClose(c)
+		}
 		return nil
 	}
 	welcome.Version = wire.Current

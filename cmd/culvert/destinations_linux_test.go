@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -80,6 +81,7 @@ func TestNothingIsSentToWhatIsNotPublic(t *testing.T) {
 	}
 	o := newForbidding(t, buildBoth(t))
 	capture := o.pair.Far.Capture(t)
+	o.capture = capture
 	cases := 0
 	began := time.Now()
 	refused := func(how string, reply [10]byte) {
@@ -140,8 +142,9 @@ func publicName(i int) string { return fmt.Sprintf("public%d.culvert.test", i) }
 // and a name server, and a sidecar that leaves every decision to it.
 type forbidding struct {
 	*only443
-	listen string
-	app    net.Conn // the socket of an association
+	listen  string
+	app     net.Conn // the socket of an association
+	capture *netpair.Capture
 }
 
 func newForbidding(t *testing.T, bin string) *forbidding {
@@ -217,6 +220,9 @@ func (o *forbidding) refusedDatagram(host string, port uint16) {
 	o.datagram(host, port)
 	again := time.Now().Add(3 * time.Second) // a word of it may be lost, and is said once a second at most
 	runEventually(o.t, "a datagram to "+host+" is refused", func() bool {
+		if i := slices.IndexFunc(o.capture.Sent(), func(p netpair.Packet) bool { return !o.expected(p) }); i >= 0 {
+			o.t.Fatalf("the cloud proxy's machine sent a packet: %s", o.capture.Sent()[i])
+		}
 		if time.Now().After(again) {
 			o.datagram(host, port)
 			again = time.Now().Add(3 * time.Second)

@@ -56,6 +56,12 @@ var hostile = map[string]string{
 // first cuts a text to as many bytes as a protocol has room for.
 func first(text string, n int) string { return text[:min(len(text), n)] }
 
+// unprintable are control characters, and what changes the direction or the lines
+// of a text without being seen.
+func unprintable(r rune) bool {
+	return r < ' ' || r >= 0x7f && r < 0xa0 || r >= 0x200b && r <= 0x200f || r >= 0x2028 && r <= 0x202e || r == utf8.RuneError
+}
+
 // soundLines checks each line that a program has written.
 func soundLines(t *testing.T, what, text string, asJSON bool) (lines, marked int) {
 	t.Helper()
@@ -470,7 +476,8 @@ func (h *hostileBed) way(t *testing.T, what string, more func(at string) string,
 		t.Fatal(err)
 	}
 	log := &cmdtest.Text{}
-	cmd := exec.Command(h.culvert, "run", "-c", file, "--listen", "127.0.0.1:0", "--control", runSocket(t), "--mode", "tcp")
+	socket := runSocket(t)
+	cmd := exec.Command(h.culvert, "run", "-c", file, "--listen", "127.0.0.1:0", "--control", socket, "--mode", "tcp")
 	cmd.Stderr = log
 	if err := h.pair.Near.Do(cmd.Start); err != nil {
 		t.Fatal(err)
@@ -485,6 +492,11 @@ func (h *hostileBed) way(t *testing.T, what string, more func(at string) string,
 			return strings.Contains(log.String(), "no connection to the cloud proxy")
 		}
 	})
+	// The same on a screen, which obeys what it is told.
+	screen, err := exec.Command(h.culvert, "status", "--control", socket).CombinedOutput()
+	if err != nil || strings.ContainsFunc(string(screen), func(r rune) bool { return unprintable(r) && r != '\n' }) {
+		t.Errorf("%s: status shows, %v: %q", what, err, screen)
+	}
 	cmd.Process.Kill()
 	<-ended
 	l.Close()
@@ -521,7 +533,7 @@ func (h *hostileBed) configurations(t *testing.T) {
 					soundLines(t, what+" as "+key, line, false)
 					continue
 				}
-				if len(line) > 1024 || !strings.HasPrefix(line, "culvert: ") || !utf8.ValidString(line) || strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r < ' ' || r >= 0x7f && r < 0xa0 || r == 0x202e }) {
+				if len(line) > 1024 || !strings.HasPrefix(line, "culvert: ") || !utf8.ValidString(line) || strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unprintable) {
 					t.Errorf("%s as %s: %d bytes: %.300q", what, key, len(line), line)
 				}
 			}
