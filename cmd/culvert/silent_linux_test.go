@@ -92,7 +92,7 @@ func p99(sorted []time.Duration) time.Duration { return sorted[len(sorted)*99/10
 // which that was slow already may be slow.
 func undisturbed(t *testing.T, what string, before, meanwhile []time.Duration) {
 	t.Helper()
-	if len(before) < 20 || len(meanwhile) < 20 {
+	if len(before) < 5 || len(meanwhile) < 5 {
 		t.Fatalf("%s: measured %d times and %d times", what, len(before), len(meanwhile))
 	}
 	if most := max(100*time.Millisecond, 3*p99(before)); p99(meanwhile) > most {
@@ -208,7 +208,7 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 				t.Cleanup(cancel)
 				return ctx
 			}
-			datagrams, streams := o.measure(span(time.Second))
+			datagrams, streams := o.measure(span(1500 * time.Millisecond))
 			download := func() time.Duration {
 				began := time.Now()
 				c, reply := o.ask(o.listen, 1, "127.0.0.1", source)
@@ -221,13 +221,14 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 			alone := download()
 			before := map[string]int{"the sidecar": resident(t, o.near.Process.Pid), "the cloud proxy": resident(t, o.clouds[0].Process.Pid)}
 
-			const slow = 100
+			const slow = 24 // each of which takes 512 KiB of the window that a QUIC connection has for all
 			var unread []net.Conn
 			for range slow {
 				c, reply := o.ask(o.listen, 1, "127.0.0.1", source)
 				if reply[1] != 0 {
 					t.Fatalf("CONNECT: reply %d", reply[1])
 				}
+				c.(*net.TCPConn).SetReadBuffer(256 << 10) // else the kernel takes megabytes of each
 				unread = append(unread, c)
 			}
 			last, since := sent(), time.Now()
