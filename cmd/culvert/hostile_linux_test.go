@@ -59,7 +59,7 @@ func first(text string, n int) string { return text[:min(len(text), n)] }
 // unprintable are control characters, and what changes the direction or the lines
 // of a text without being seen.
 func unprintable(r rune) bool {
-	return r < ' ' || r >= 0x7f && r < 0xa0 || r >= 0x200b && r <= 0x200f || r >= 0x2028 && r <= 0x202e || r == utf8.RuneError
+	return r < ' ' || r >= 0x7f && r < 0xa0 || r >= 0x200b && r <= 0x200f || r >= 0x2028 && r <= 0x202e
 }
 
 // soundLines checks each line that a program has written.
@@ -494,7 +494,7 @@ func (h *hostileBed) way(t *testing.T, what string, more func(at string) string,
 	})
 	// The same on a screen, which obeys what it is told.
 	screen, err := exec.Command(h.culvert, "status", "--control", socket).CombinedOutput()
-	if err != nil || strings.ContainsFunc(string(screen), func(r rune) bool { return unprintable(r) && r != '\n' }) {
+	if err != nil || !utf8.Valid(screen) || strings.ContainsFunc(string(screen), func(r rune) bool { return unprintable(r) && r != '\n' }) {
 		t.Errorf("%s: status shows, %v: %q", what, err, screen)
 	}
 	cmd.Process.Kill()

@@ -228,16 +228,17 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 				if reply[1] != 0 {
 					t.Fatalf("CONNECT: reply %d", reply[1])
 				}
-				c.(*net.TCPConn).SetReadBuffer(256 << 10) // else the kernel takes megabytes of each
 				unread = append(unread, c)
 			}
 			last, since := sent(), time.Now()
+			filling := since
 			runEventually(t, "the source is held up", func() bool {
 				if now := sent(); now != last {
 					last, since = now, time.Now()
 				}
 				return time.Since(since) > time.Second
 			})
+			t.Logf("held up after %s", time.Since(filling).Round(time.Millisecond))
 			during, streamsDuring := o.measure(span(2 * time.Second))
 			undisturbed(t, "datagrams", datagrams, during)
 			undisturbed(t, "new streams", streams, streamsDuring)
@@ -257,12 +258,14 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 			}
 			// What was not read is all there, and more comes.
 			t.Logf("the source has sent %d MiB, and waits", last>>20)
+			again := time.Now()
 			for i, c := range unread[:10] {
 				c.SetReadDeadline(time.Now().Add(runPatience))
 				if n, err := io.CopyN(io.Discard, c, 1<<20); err != nil {
 					t.Errorf("stream %d ends after %d bytes: %v", i, n, err)
 				}
 			}
+			t.Logf("ten of them give a MiB each in %s", time.Since(again).Round(time.Millisecond))
 			for _, c := range unread {
 				c.Close()
 			}
