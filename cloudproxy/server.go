@@ -23,8 +23,9 @@ import (
 )
 
 const (
-	// greetingTime bounds the opening exchange, admission included.
-	greetingTime = 5 * time.Second
+	// greetingTime bounds the opening exchange, admission included. It is a little
+	// below the 5 s in which a silent peer must be gone.
+	greetingTime = 4500 * time.Millisecond
 	// maxJoins bounds the connections that have joined a session and live.
 	maxJoins    = 16
 	maxInstance = 64 // bytes
@@ -225,7 +226,9 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 	}
 	if err != nil {
 		s.refuse(c, m, err)
-		lingerClose(c)
+		if time.Now().Before(deadline) { // else it has had its time
+			lingerClose(c)
+		}
 		return nil
 	}
 	welcome.Version = wire.Current

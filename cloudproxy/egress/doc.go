@@ -13,6 +13,9 @@
 // It promises that no Send waits: a full socket is a counted drop. Idle
 // associations hold no read buffer and, on Linux, no goroutine.
 //
+// On Unix its sockets do not broadcast, not even to an address that only this
+// host's networks tell from any other.
+//
 // It does not decide what may be reached: without a guard it sends to private
 // and loopback addresses like any program on this host.
 package egress

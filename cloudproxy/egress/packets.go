@@ -318,7 +318,10 @@ func (s *socket) open(conn *net.UDPConn) (err error) {
 	if s.conn, err = s.a.e.poller.Packet(conn, s); err != nil {
 		return err
 	}
-	if err = s.wantErrors(); err == nil {
+	if err = s.noBroadcast(); err == nil {
+		err = s.wantErrors()
+	}
+	if err == nil {
 		err = s.conn.Start()
 	}
 	if err != nil {

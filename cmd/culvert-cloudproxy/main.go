@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"culvert/cmd/internal/assemble"
 	"culvert/tunnel"
 )
 
@@ -21,6 +22,7 @@ import (
 var version = "development"
 
 func main() {
+	assemble.KeepSecrets()
 	os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr))
 }
 
@@ -51,7 +53,7 @@ Exit codes: 0 done, 1 failed, 2 usage.`,
 	}
 	err := app.RunContext(ctx, args)
 	if err != nil {
-		fmt.Fprintln(stderr, "culvert-cloudproxy:", err)
+		fmt.Fprintln(stderr, "culvert-cloudproxy:", assemble.Line(err))
 	}
 	return exitCode(err)
 }

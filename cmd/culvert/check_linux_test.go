@@ -143,36 +143,41 @@ func (b *checkBed) behindProxy(schemes ...string) {
 	cloud := b.cloud
 	b.cloud = func() {
 		cloud()
-		s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			user, word, _ := (&http.Request{Header: http.Header{"Authorization": r.Header["Proxy-Authorization"]}}).BasicAuth()
-			if user != "ward" || word != "w0rd" {
-				w.Header()["Proxy-Authenticate"] = schemes
-				w.WriteHeader(http.StatusProxyAuthRequired)
-				return
-			}
-			var far net.Conn
-			if err := b.pair.Far.Do(func() (err error) { far, err = net.Dial("tcp4", "127.0.0.1:443"); return err }); err != nil {
-				w.WriteHeader(http.StatusBadGateway)
-				return
-			}
-			defer far.Close()
-			near, _, err := http.NewResponseController(w).Hijack()
-			if err != nil {
-				return
-			}
-			defer near.Close()
-			io.WriteString(near, "HTTP/1.1 200 OK\r\n\r\n")
-			done := make(chan struct{})
-			go func() { defer close(done); io.Copy(far, near); far.Close() }()
-			io.Copy(near, far)
-			near.Close()
-			<-done
-		}), ErrorLog: log.New(io.Discard, "", 0)}
-		l := b.listen("3128")
-		done := make(chan struct{})
-		go func() { defer close(done); s.Serve(l) }()
-		b.t.Cleanup(func() { s.Close(); <-done })
+		passwordProxy(b.t, b.pair, b.listen("3128"), "ward", "w0rd", schemes...)
 	}
+}
+
+// passwordProxy is an HTTP proxy that leads to the cloud proxy at the far end, whatever
+// it is asked for, and asks for a user's password by these schemes.
+func passwordProxy(t *testing.T, pair *netpair.Pair, l net.Listener, user, password string, schemes ...string) {
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name, word, _ := (&http.Request{Header: http.Header{"Authorization": r.Header["Proxy-Authorization"]}}).BasicAuth()
+		if name != user || word != password {
+			w.Header()["Proxy-Authenticate"] = schemes
+			w.WriteHeader(http.StatusProxyAuthRequired)
+			return
+		}
+		var far net.Conn
+		if err := pair.Far.Do(func() (err error) { far, err = net.Dial("tcp4", "127.0.0.1:443"); return err }); err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer far.Close()
+		near, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return
+		}
+		defer near.Close()
+		io.WriteString(near, "HTTP/1.1 200 OK\r\n\r\n")
+		done := make(chan struct{})
+		go func() { defer close(done); io.Copy(far, near); far.Close() }()
+		io.Copy(near, far)
+		near.Close()
+		<-done
+	}), ErrorLog: log.New(io.Discard, "", 0)}
+	done := make(chan struct{})
+	go func() { defer close(done); s.Serve(l) }()
+	t.Cleanup(func() { s.Close(); <-done })
 }
 
 // write writes the sidecar's configuration, as the case has changed it.

@@ -14,12 +14,15 @@ import (
 	"os"
 
 	"github.com/urfave/cli/v2"
+
+	"culvert/cmd/internal/assemble"
 )
 
 // version is set by scripts/build.sh.
 var version = "development"
 
 func main() {
+	assemble.KeepSecrets()
 	os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr))
 }
 
@@ -64,7 +67,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 refused because an app is in a channel,
 	err := app.RunContext(ctx, args)
 	var told checkFailed
 	if err != nil && !errors.As(err, &told) {
-		fmt.Fprintln(stderr, "culvert:", err)
+		fmt.Fprintln(stderr, "culvert:", assemble.Line(err))
 	}
 	return exitCode(err)
 }

@@ -20,13 +20,17 @@ import (
 	"culvert/sidecar/control"
 )
 
-// socksRequest is a SOCKS5 request (RFC 1928 §4) for a name or an address.
+// socksRequest is a SOCKS5 request (RFC 1928 §4) for a name or an address. What
+// follows a = is a name, whatever it looks like.
 func socksRequest(command byte, host string, port uint16) []byte {
-	b := []byte{5, command, 0, 3, byte(len(host))}
-	if a, err := netip.ParseAddr(host); err == nil {
+	name := strings.TrimPrefix(host, "=")
+	b := []byte{5, command, 0, 3, byte(len(name))}
+	if a, err := netip.ParseAddr(host); err == nil && a.Is4() {
 		b = append([]byte{5, command, 0, 1}, a.AsSlice()...)
+	} else if err == nil {
+		b = append([]byte{5, command, 0, 4}, a.AsSlice()...)
 	} else {
-		b = append(b, host...)
+		b = append(b, name...)
 	}
 	return binary.BigEndian.AppendUint16(b, port)
 }
@@ -85,17 +89,22 @@ func farAnswers(t *testing.T, pair *netpair.Pair, at netip.AddrPort) {
 
 // start starts a program whose log is shown when the test has failed.
 func (o *only443) start(at *netpair.Space, args ...string) *exec.Cmd {
+	cmd := exec.Command(args[0], args[1:]...)
+	o.launch(at, cmd)
+	return cmd
+}
+
+// launch is start of what has been prepared.
+func (o *only443) launch(at *netpair.Space, cmd *exec.Cmd) {
 	log := &cmdtest.Text{}
 	o.logs = append(o.logs, log)
-	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	o.t.Cleanup(func() {
 		if o.t.Failed() {
-			o.t.Logf("%s:\n%s", filepath.Base(args[0]), log)
+			o.t.Logf("%s:\n%s", filepath.Base(cmd.Args[0]), log)
 		}
 	})
 	at.Start(o.t, cmd)
-	return cmd
 }
 
 // echo answers datagrams and streams, where only the cloud proxy comes to.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"culvert/cmd/internal/netpair"
@@ -16,18 +17,32 @@ import (
 	"culvert/tunnel"
 )
 
-// buildBoth builds both programs, in a network that can be made.
+// buildBoth builds the programs once for all tests, in a network that can be made.
 func buildBoth(t *testing.T) (bin string) {
 	t.Helper()
 	netpair.New(t) // skips before anything is built
-	bin = t.TempDir()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*runPatience)
-	defer cancel()
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy", "culvert/cmd/culvert-pac").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	bin, err := programs()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return bin
 }
+
+var programs = sync.OnceValues(func() (bin string, err error) {
+	if bin, err = os.MkdirTemp("", "culvert"); err != nil {
+		return "", err
+	}
+	atTheEnd = append(atTheEnd, func() { os.RemoveAll(bin) })
+	if err = os.Chmod(bin, 0o755); err != nil { // apps of other users start them, too
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*runPatience)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy", "culvert/cmd/culvert-pac").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return bin, nil
+})
 
 // needed returns the path of a program that CI must have.
 func needed(t *testing.T, program string) string {

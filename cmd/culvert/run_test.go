@@ -53,8 +53,16 @@ func TestMain(m *testing.M) {
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
 		os.Unsetenv(name)
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		for _, f := range atTheEnd {
+			f()
+		}
+		os.Exit(code)
+	}))
 }
+
+// atTheEnd is done when all tests have ended.
+var atTheEnd []func()
 
 // runPatience bounds every wait for something that must happen. It is far more
 // than that takes on a busy machine.

@@ -29,7 +29,7 @@ const (
 	idleTime    = 30 * time.Second
 	shutTime    = 2 * time.Second
 	keepAlive   = 15 * time.Second // between comments on an event stream where nothing happens
-	eventWrite  = 5 * time.Second  // for one event, to a reader that has stopped reading
+	eventWrite  = 2 * time.Second  // for one event, to a reader that has stopped reading
 	contentJSON = "application/json"
 )
 

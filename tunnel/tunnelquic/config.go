@@ -35,12 +35,14 @@ const (
 	// The connection's window must be well above the stream's: streams that
 	// nobody reads would otherwise stall all others.
 	serverConnWindow = 1 << 20
-	// A client knows who its server is.
+	// A client knows who its server is, which has no more under way than its memory
+	// for a session (resume.DefaultShare, and 72 KiB for each stream): the window is
+	// above that, as for TLS (tunneltls.Config.Unread), and does not grow.
 	clientStreamWindow = 512 << 10
-	clientConnWindow   = 8 << 20
+	clientConnWindow   = 256 << 20
 
 	maxStreamWindow = 16 << 20
-	maxConnWindow   = 32 << 20
+	maxConnWindow   = 32 << 20 // of a server
 )
 
 // Config says how connections are made. TLS must be set.
@@ -134,14 +136,14 @@ func (c Config) quic(server bool) *quic.Config {
 		InitialStreamReceiveWindow:     clientStreamWindow,
 		InitialConnectionReceiveWindow: clientConnWindow,
 		MaxStreamReceiveWindow:         maxStreamWindow,
-		MaxConnectionReceiveWindow:     maxConnWindow,
+		MaxConnectionReceiveWindow:     clientConnWindow,
 		MaxIncomingStreams:             int64(c.Limits.Streams),
 		MaxIncomingUniStreams:          -1,
 		EnableDatagrams:                true,
 	}
 	if server {
 		q.InitialStreamReceiveWindow = serverStreamWindow
-		q.InitialConnectionReceiveWindow = serverConnWindow
+		q.InitialConnectionReceiveWindow, q.MaxConnectionReceiveWindow = serverConnWindow, maxConnWindow
 	}
 	return q
 }

@@ -100,7 +100,8 @@ func (l *listener) serve() {
 
 // admit takes one connection to the point where Accept has returned it.
 func (l *listener) admit(conn net.Conn) {
-	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
+	// A tenth less, so that a silent one is gone by then where much goes on, too.
+	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout*9/10)
 	defer cancel()
 	c, err := l.handshake(ctx, conn)
 	if err != nil {

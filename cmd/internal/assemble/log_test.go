@@ -3,10 +3,17 @@ package assemble
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
 
 	"culvert/cmd/internal/config"
 	"culvert/policy"
@@ -40,7 +47,7 @@ func TestAuditLinesGoToTheirFileWhateverTheLevel(t *testing.T) {
 	log.With("session", "s1").Info("opened", auditKey, "session_opened")
 	log.With("app", "third").Info("opened", auditKey, "session_opened")
 	got := lines(file)
-	if len(got) != 3 || got[0]["app"] != "other" || got[0]["why"] != "a\r\nb\x1b[31m\"" || got[1]["app"] != "clinic" || got[1]["session"] != "s1" || got[2]["app"] != "third" {
+	if len(got) != 3 || got[0]["app"] != "other" || got[0]["why"] != `a??b?[31m"` || got[1]["app"] != "clinic" || got[1]["session"] != "s1" || got[2]["app"] != "third" {
 		t.Fatalf("%v", got)
 	}
 	if out.Len() > 0 {
@@ -83,6 +90,106 @@ func TestWithoutAFileTheLogHasTheAudit(t *testing.T) {
 	var m map[string]any
 	if err := json.Unmarshal(out.Bytes(), &m); err != nil || m["app"] != "clinic" || m["audit"] != "session_opened" {
 		t.Errorf("%v: %s", err, out.String())
+	}
+}
+
+// hostile are texts that somebody may give himself as a name.
+var hostile = map[string]string{
+	"line breaks": "a\r\nlevel=ERROR msg=forged", "escape codes": "\x1b[2J\x1b]0;owned\a", "ten KB": strings.Repeat("x", 10_000),
+	"wide": strings.Repeat("\u202e", 3_000), "letters": strings.Repeat("\u65e5", 3_000), "no UTF-8": "a\xff\xfe\x00b", "quotes": strings.Repeat(`"\`, 5_000), "JSON": `"},{"level":"ERROR"`,
+}
+
+// named is a text that comes as something else than a string.
+type named string
+
+func (n named) String() string { return string(n) }
+
+func TestALineIsOneAndShortWhateverItHolds(t *testing.T) {
+	cases := 0
+	for name, text := range hostile {
+		for _, format := range []string{"text", "json"} {
+			var out bytes.Buffer
+			log, err := NewLog(config.Log{Format: format, Level: "debug"}, "clinic", &out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			log = log.With("session", text, "app", text, "peer", errors.New(text))
+			for what, attrs := range map[string][]any{
+				"none": nil, "a string": {"to", text}, "an error": {"why", errors.New(text)}, "ours": {"code", tunnel.Code(text)}, "a Stringer": {"by", named(text)},
+				"many":    {"a", text, "b", text, "c", errors.New(text), "d", named(text), "n", 7, "for", time.Second, "at", time.Now(), "from", netip.MustParseAddrPort("192.0.2.1:9"), auditKey, "x"},
+				"a group": {slog.Group("g", "a", text, "b", slog.GroupValue(slog.String("c", text)))},
+			} {
+				for _, message := range []string{"message", text} { // those of libraries may hold anything
+					out.Reset()
+					log.Warn(message, attrs...)
+					cases++
+					line := out.String()
+					if strings.Count(line, "\n") != 1 || len(line) > lineMost || strings.ContainsAny(line, "\r\x1b\a\x00\u202e") || !utf8.ValidString(line) {
+						t.Errorf("%s as %s, %s: %d bytes: %q", name, what, format, len(line), line)
+					}
+					if format == "json" && !json.Valid([]byte(line)) {
+						t.Errorf("%s as %s is no JSON: %s", name, what, line)
+					}
+					if what == "many" && (!strings.Contains(line, "192.0.2.1:9") || !strings.Contains(line, auditKey)) {
+						t.Errorf("%s: what is short was lost: %s", name, line)
+					}
+				}
+			}
+		}
+	}
+	t.Logf("%d lines", cases)
+}
+
+func TestAMessageThatComesAllTheTimeIsLeftOutAndCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		log, err := NewLog(config.Log{Level: "debug"}, "", &out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 10_000 {
+			log.Debug("strangers")
+		}
+		if n := strings.Count(out.String(), "\n"); n != debugBurst {
+			t.Errorf("10,000 lines of level debug at once are %d", n)
+		}
+		out.Reset()
+		for range 10_000 {
+			log.With("session", "1").Info("flood")
+		}
+		if n := strings.Count(out.String(), "\n"); n != floodBurst {
+			t.Errorf("10,000 lines at once are %d", n)
+		}
+		for i := range 10 * floodKinds { // as where the message itself is chosen
+			for range 3 * floodBurst / floodKinds {
+				log.Info(fmt.Sprint("message ", i))
+			}
+		}
+		if n := strings.Count(out.String(), "\n"); n > (2+3)*floodBurst+floodBurst {
+			t.Errorf("messages that differ are %d lines", n)
+		}
+		out.Reset()
+		time.Sleep(time.Second) // of the bubble's clock
+		for range 1000 {
+			log.Info("flood")
+		}
+		if n := strings.Count(out.String(), "\n"); n != floodRate || !strings.Contains(out.String(), fmt.Sprint("left_out=", 10_000-floodBurst)) {
+			t.Errorf("a second later 1,000 lines are %d: %.300s", n, out.String())
+		}
+	})
+}
+
+func TestAnErrorIsOneLineThatEndsWithItsCode(t *testing.T) {
+	for name, text := range hostile {
+		for _, err := range []error{errors.New(text), tunnel.Errorf(tunnel.ConfigInvalid, "a.yaml: %s", text), errors.Join(errors.New(text), errors.New(text))} {
+			line := Line(err)
+			if len(line) > lineMost || strings.ContainsAny(line, "\r\n\x1b\a\x00\u202e") || !utf8.ValidString(line) {
+				t.Errorf("%s: %d bytes: %q", name, len(line), line)
+			}
+			if _, coded := err.(*tunnel.Error); coded && !strings.HasSuffix(line, "(config_invalid)") {
+				t.Errorf("%s: no code in %q", name, line)
+			}
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"culvert/cmd/internal/link"
 	"culvert/cmd/internal/netpair"
@@ -90,6 +91,44 @@ func TestAWatchTellsWhatIsExpectedFromWhatIsNot(t *testing.T) {
 	// UDP to port 53 and to another address, a SYN and its refusal, ICMP.
 	if len(s.Stray) != 5 {
 		t.Errorf("stray packets %v, want 5 kinds", s.Stray)
+	}
+}
+
+func TestACaptureSeesWhatIsSentOnEveryDevice(t *testing.T) {
+	p := netpair.New(t)
+	p.Far.Outside(t)
+	c := p.Far.Capture(t)
+	want := map[string]string{ // and the devices
+		"8.8.8.8:9": "outside", "[2606:4700::1111]:9": "outside", "198.51.101.255:9": "outside",
+		"127.0.0.1:9": "lo", "[::1]:9": "lo", netip.AddrPortFrom(netpair.NearAddr, 9).String(): "link",
+	}
+	err := p.Far.Do(func() error {
+		for to := range want {
+			u, err := net.Dial("udp", to)
+			if err != nil {
+				return err
+			}
+			u.Write([]byte("x"))
+			u.Close()
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	send(t, p, netip.AddrPortFrom(netpair.FarAddr, 10)) // is no packet of the far end, but its refusal
+	got := map[string]int{}
+	for _, one := range c.Stop() {
+		if device := want[one.To.String()]; one.Protocol == unix.IPPROTO_UDP && (device != one.Device || one.To.Port() != 9) {
+			t.Errorf("seen %s", one)
+		} else if one.Protocol == unix.IPPROTO_UDP {
+			got[one.To.String()]++
+		}
+	}
+	for to := range want {
+		if got[to] != 1 {
+			t.Errorf("%d packets to %s were seen", got[to], to)
+		}
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -53,23 +52,9 @@ const (
 )
 
 func (w *Watch) open() (err error) {
-	all := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ALL))
 	i, err := net.InterfaceByName(device)
-	if err != nil {
-		return err
-	}
-	// Protocol 0 receives nothing until it is bound to the link.
-	w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return os.NewSyscallError("socket", err)
-	}
-	err = errors.Join(
-		unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, backlog),
-		unix.SetsockoptTimeval(w.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}),
-		unix.Bind(w.fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index}),
-	)
-	if err != nil {
-		unix.Close(w.fd)
+	if err == nil {
+		w.fd, err = capture(unix.SOCK_RAW, i.Index)
 	}
 	return err
 }
@@ -105,44 +90,28 @@ func (w *Watch) Stop() Seen {
 	w.once.Do(func() {
 		w.end.Store(true)
 		w.wg.Wait()
-		if s, err := unix.GetsockoptTpacketStats(w.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err != nil || s.Drops > 0 {
-			w.t.Errorf("the capture missed packets: %+v, %v", s, err)
-		}
-		unix.Close(w.fd)
+		closeCapture(w.t, w.fd)
 	})
 	return w.seen
 }
 
 // add judges an Ethernet frame, of which the end may be missing.
 func (s *Seen) add(frame []byte, port uint16) {
-	what, protocol := "a frame of unknown kind", -1
-	var src, dst netip.Addr
-	var segment []byte
+	what := "a frame of unknown kind"
+	var h header
 	if len(frame) >= 14 {
-		kind, p := binary.BigEndian.Uint16(frame[12:]), frame[14:]
-		what = fmt.Sprintf("Ethernet type %#04x", kind)
-		switch {
-		case kind == unix.ETH_P_ARP:
+		kind := binary.BigEndian.Uint16(frame[12:])
+		if kind == unix.ETH_P_ARP {
 			s.Link++
 			return
-		case kind == unix.ETH_P_IP && len(p) >= 20 && len(p) >= int(p[0]&15)*4:
-			src, dst = netip.AddrFrom4([4]byte(p[12:])), netip.AddrFrom4([4]byte(p[16:]))
-			protocol, segment = int(p[9]), p[int(p[0]&15)*4:]
-			if binary.BigEndian.Uint16(p[6:])&0x1fff != 0 { // RFC 791 §3.1: not the first fragment
-				protocol = -1
-			}
-		case kind == unix.ETH_P_IPV6 && len(p) >= 40:
-			src, dst = netip.AddrFrom16([16]byte(p[8:])), netip.AddrFrom16([16]byte(p[24:]))
-			protocol, segment = int(p[6]), p[40:]
-			// Multicast listener reports have a hop-by-hop header (RFC 3810 §5).
-			if protocol == 0 && len(segment) >= 8 && len(segment) >= 8+8*int(segment[1]) {
-				protocol, segment = int(segment[0]), segment[8+8*int(segment[1]):]
-			}
 		}
-		if src.IsValid() {
-			what = fmt.Sprintf("IP protocol %d from %s to %s", protocol, src, dst)
+		what = fmt.Sprintf("Ethernet type %#04x", kind)
+		h = read(kind, frame[14:])
+		if h.src.IsValid() {
+			what = fmt.Sprintf("IP protocol %d from %s to %s", h.protocol, h.src, h.dst)
 		}
 	}
+	protocol, src, dst, segment := h.protocol, h.src, h.dst, h.segment
 	switch {
 	// IGMP (RFC 3376) is for IPv4 what some of ICMPv6 is for IPv6.
 	case (protocol == unix.IPPROTO_ICMP || protocol == unix.IPPROTO_ICMPV6 || protocol == unix.IPPROTO_IGMP) && ofLink(src, dst):
