@@ -191,12 +191,18 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 	} else if cause := c.Err(); cause != nil {
 		err = cause
 	}
-	if cause, ok := errors.AsType[*tunnel.Error](c.Err()); ok && cause.Code == tunnel.LimitExceeded {
-		f.End(cause) // else it comes again at once
-	}
+	f.endFlood(c.Err())
 	c.Close(err)
 	streams.Wait()
 	return err
+}
+
+// endFlood ends the session where a connection was cut for what its peer asks of
+// us: else it would come again at once.
+func (f *Far) endFlood(why error) {
+	if cause, ok := errors.AsType[*tunnel.Error](why); ok && cause.Code == tunnel.LimitExceeded {
+		f.End(cause)
+	}
 }
 
 // ServeLane carries the session's datagrams over a lane until the lane or the
@@ -214,6 +220,7 @@ func (f *Far) ServeLane(l tunnel.Lane) error {
 		l.Close(context.Cause(f.ctx))
 	}
 	f.plane.removeWay(wire.WayLanes, l)
+	f.endFlood(l.Err())
 	return l.Err()
 }
 
