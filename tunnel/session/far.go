@@ -57,6 +57,10 @@ func (l Limits) asks() *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(4*l.OpensPerSecond), 4*(l.OpensPerSecond+l.Streams))
 }
 
+// abortRate and abortBurst bound the streams that end before they have said what
+// they are for: those of apps that change their mind within a round trip.
+const abortRate, abortBurst = 100, 1000
+
 // FarConfig is what a far end needs. Next is required.
 type FarConfig struct {
 	Next   tunnel.Opener // where the session's traffic goes
@@ -80,14 +84,15 @@ const DefaultHold = time.Minute
 
 // Far is the cloud proxy's end of a session.
 type Far struct {
-	cfg   FarConfig
-	drops media.Drops
-	plane *plane
-	opens *rate.Limiter
-	renew *rate.Limiter
-	asks  *rate.Limiter // streams of carriers, whatever they are for
-	pacer *bulk.Pacer
-	share *resume.Share
+	cfg    FarConfig
+	drops  media.Drops
+	plane  *plane
+	opens  *rate.Limiter
+	renew  *rate.Limiter
+	asks   *rate.Limiter // streams of carriers, whatever they are for
+	aborts *rate.Limiter // those of them that have not said what they are for
+	pacer  *bulk.Pacer
+	share  *resume.Share
 
 	control  *control
 	ending   atomic.Pointer[tunnel.Error] // why the sidecar has been told to go; nil: it has not
@@ -119,7 +124,7 @@ func NewFar(cfg FarConfig) *Far {
 	cfg.Limits = cfg.Limits.withDefaults()
 	f := &Far{
 		cfg: cfg, control: newControl(),
-		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), asks: cfg.Limits.asks(),
+		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), asks: cfg.Limits.asks(), aborts: rate.NewLimiter(abortRate, abortBurst),
 		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	if cfg.Memory == nil {
@@ -184,7 +189,14 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 			err = why
 			break
 		}
-		streams.Go(func() { f.serveStream(s) })
+		streams.Go(func() {
+			if f.serveStream(s) || c.Err() != nil || f.aborts.Allow() {
+				return
+			}
+			why := tunnel.Errorf(tunnel.LimitExceeded, "the sidecar opens streams and ends them unused more than %d times a second", abortRate)
+			f.End(why)
+			c.Close(why)
+		})
 	}
 	if f.ctx.Err() != nil {
 		err = context.Cause(f.ctx) // why we end it, which the peer is told
@@ -239,10 +251,15 @@ func (f *Far) enter() bool {
 // leave counts it out.
 func (f *Far) leave() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	f.served--
-	if f.served == 0 && f.ctx.Err() == nil {
+	gone := f.served == 0 && f.ctx.Err() == nil
+	why := f.ending.Load()
+	if gone && why == nil {
 		f.hold.Reset(f.cfg.Hold)
+	}
+	f.mu.Unlock()
+	if gone && why != nil {
+		f.Close(why) // nobody is left who could be told
 	}
 }
 
@@ -321,13 +338,16 @@ func (f *Far) admit(live, limit int, what string) error {
 // openingTime bounds how long a new stream may take to say what it is for.
 const openingTime = 10 * time.Second
 
-func (f *Far) serveStream(s tunnel.Stream) {
+// serveStream serves what a stream is for. It reports false where the stream has
+// not said that.
+func (f *Far) serveStream(s tunnel.Stream) bool {
 	s.SetReadDeadline(time.Now().Add(openingTime))
 	m, err := wire.Read(s, f.cfg.Peered)
 	s.SetReadDeadline(time.Time{})
 	switch {
 	case err != nil:
 		s.Abort(err)
+		return false
 	case m.Control != nil:
 		f.beginControl()
 		f.goOn(s, controlNumber, m.Control.Received)
@@ -337,7 +357,9 @@ func (f *Far) serveStream(s tunnel.Stream) {
 		f.serveTarget(s, m.Stream)
 	default:
 		s.Abort(tunnel.Errorf(tunnel.Internal, "the stream begins with a message that does not belong there"))
+		return false
 	}
+	return true
 }
 
 // refuse answers no and ends the stream.
