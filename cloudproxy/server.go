@@ -224,6 +224,7 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		}
 	}
 	if err != nil {
+		c.SetDeadline(time.Now().Add(time.Second)) // the one before may be over: a Write that TLS can not send breaks its records
 		s.refuse(c, m, err)
 		lingerClose(c)
 		return nil

@@ -20,10 +20,15 @@ const (
 	sizeRekey   = 5
 	recordHead  = 5
 	recordCover = 1 + 16
+	// maxOpening is how much a peer may send before it has shown who it is, in
+	// bytes. crypto/tls itself takes certificates of 256 KiB; ours have one of 500 bytes.
+	maxOpening = 64 << 10
 )
 
 // errRekeys is why a connection ends whose peer changes keys without end.
 var errRekeys = tunnel.Errorf(tunnel.LimitExceeded, "the peer sends TLS records that carry nothing, as KeyUpdates do, more than once a second; nothing of ours does that")
+
+var errOpening = tunnel.Errorf(tunnel.LimitExceeded, "the peer's TLS handshake is longer than %d bytes", maxOpening)
 
 // rekeyMeter is what TLS reads from. crypto/tls takes every KeyUpdate, answers
 // those that ask for it, and bounds only how many come one after another: 16.
@@ -41,6 +46,7 @@ type rekeyMeter struct {
 	have int // bytes of head
 	skip int // bytes of the record that follow
 
+	opening int  // bytes that came before on
 	on      bool // the handshake is done
 	known   bool // every record since is counted
 	records int  // that are whole, since TLS read last
@@ -59,6 +65,11 @@ func (m *rekeyMeter) Read(p []byte) (int, error) {
 	}
 	n, err := m.Conn.Read(p)
 	m.came(p[:n])
+	if !m.on {
+		if m.opening += n; m.opening > maxOpening {
+			return 0, errOpening
+		}
+	}
 	return n, err
 }
 

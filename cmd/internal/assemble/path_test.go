@@ -59,6 +59,8 @@ type site struct {
 	reset  []byte
 	limits session.Limits
 	places int // that tokens name; 0: 1
+	web    config.WebSocket
+	rules  assemble.Rules // beside its keys and its policy
 	log    *cmdtest.Text
 }
 
@@ -96,10 +98,11 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		c, err = assemble.NewCloudProxy(assemble.CloudProxyParts{
 			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset,
-			Rules:  assemble.Rules{Keys: identity.NewKeys(s.signer.Public().(ed25519.PublicKey)), Policy: pol},
-			Egress: egress.Config{Local4: netip.MustParseAddr(outside)},
-			Limits: s.limits,
-			Drain:  time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
+			Rules:     assemble.Rules{Keys: identity.NewKeys(s.signer.Public().(ed25519.PublicKey)), Policy: pol, Revoked: s.rules.Revoked, Apps: s.rules.Apps},
+			WebSocket: s.web,
+			Egress:    egress.Config{Local4: netip.MustParseAddr(outside)},
+			Limits:    s.limits,
+			Drain:     time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
 		})
 		// Another program may have borrowed the port of all addresses meanwhile.
 		if err == nil || !again || time.Now().After(deadline) {
