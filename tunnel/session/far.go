@@ -185,7 +185,7 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 		if !f.asks.Allow() {
 			why := tunnel.Errorf(tunnel.LimitExceeded, "the sidecar opens streams far faster than %d a second", f.cfg.Limits.OpensPerSecond)
 			s.Abort(why)
-			f.End(why)
+			f.endFlood(why)
 			err = why
 			break
 		}
@@ -194,7 +194,7 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 				return
 			}
 			why := tunnel.Errorf(tunnel.LimitExceeded, "the sidecar opens streams and ends them unused more than %d times a second", abortRate)
-			f.End(why)
+			f.endFlood(why)
 			c.Close(why)
 		})
 	}
@@ -213,7 +213,7 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 // us: else it would come again at once.
 func (f *Far) endFlood(why error) {
 	if cause, ok := errors.AsType[*tunnel.Error](why); ok && cause.Code == tunnel.LimitExceeded {
-		f.End(cause)
+		f.endWithin(cause, endTime/2) // a tenant that floods is cut within a second in all
 	}
 }
 
@@ -294,10 +294,12 @@ func (f *Far) Close(why error) {
 
 // End tells the sidecar that the session ends, and why. Close follows when the
 // sidecar has gone, or after a second.
-func (f *Far) End(why *tunnel.Error) {
+func (f *Far) End(why *tunnel.Error) { f.endWithin(why, endTime) }
+
+func (f *Far) endWithin(why *tunnel.Error, within time.Duration) {
 	f.ending.Store(why)
 	f.control.send(wire.Message{End: &wire.End{Code: why.Code, Text: why.Text}})
-	timer := time.AfterFunc(endTime, func() { f.Close(why) })
+	timer := time.AfterFunc(within, func() { f.Close(why) })
 	context.AfterFunc(f.ctx, func() { timer.Stop() })
 }
 

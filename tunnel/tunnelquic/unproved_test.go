@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"net"
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -158,5 +159,49 @@ func TestAnAddressThatIsNotProvedGetsThreeTimesItsBytesAtMost(t *testing.T) {
 			}
 		}
 		t.Logf("%s: %d sources sent %.0f bytes and got %.0f, %.2f times as many, at most %.2f", kind, len(sources), in, out, out/in, worst)
+	}
+}
+
+// Many addresses that only pretend to begin take no more memory than there is for
+// them, and none of what is there for those that have begun.
+func TestAddressesThatAreNotProvedAreBounded(t *testing.T) {
+	u := &unproved{wanted: func() bool { return true }}
+	at := func(n int) netip.AddrPort {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)}), 443)
+	}
+	p := make([]byte, minInitial)
+	p[0] = 0xc0
+	u.came(p, at(0))
+	u.begun(at(0))
+	u.tidied = time.Now()
+	for n := 1; n < 3*maxUnproved; n++ {
+		u.came(p, at(n))
+	}
+	if len(u.by) != maxUnproved {
+		t.Errorf("%d addresses are remembered", len(u.by))
+	}
+	for _, e := range u.by {
+		e.since = e.since.Add(-time.Minute)
+	}
+	u.tidied = time.Time{}
+	u.came(p, at(3*maxUnproved)) // which tidies up
+	if len(u.by) != 2 || u.by[at(0)] == nil {
+		t.Errorf("%d addresses are left", len(u.by))
+	}
+	for _, c := range []struct {
+		bytes int
+		to    netip.AddrPort
+		want  bool
+	}{
+		{3*minInitial - 1, at(0), true}, {2, at(0), false}, {1, at(0), true}, {1, at(0), false},
+		{1 << 20, at(1), true}, // of whom nothing is known
+	} {
+		if got := u.may(c.bytes, c.to); got != c.want {
+			t.Errorf("%d bytes to %s: %v", c.bytes, c.to, got)
+		}
+	}
+	u.over(at(0))
+	if u.over(at(3 * maxUnproved)); len(u.by) != 0 || u.n.Load() != 0 {
+		t.Errorf("%d addresses are left", len(u.by))
 	}
 }

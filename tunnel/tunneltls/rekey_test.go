@@ -140,3 +140,27 @@ func TestRecordsThatCarryDataAreNoFlood(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The records are the same however the network cuts them.
+func FuzzRekeyMeter(f *testing.F) {
+	record := append([]byte{23, 3, 3, 0, 22}, make([]byte, 22)...)
+	f.Add(append(record, record...), 5)
+	f.Add([]byte{23, 3, 3, 0xff, 0xff, 1}, 1)
+	f.Add([]byte{22, 3, 1, 0, 0, 23, 3, 3, 0, 1, 9}, 3)
+	f.Fuzz(func(t *testing.T, p []byte, cut int) {
+		whole, parts := newRekeyMeter(nil), newRekeyMeter(nil)
+		whole.came(p)
+		cut = max(1, cut%64)
+		for rest := p; len(rest) > 0; {
+			n := min(cut, len(rest))
+			parts.came(rest[:n])
+			rest = rest[n:]
+		}
+		if whole.have != parts.have || whole.skip != parts.skip || whole.records != parts.records || whole.content != parts.content {
+			t.Fatalf("in one piece %+v, in pieces of %d %+v", whole, cut, parts)
+		}
+		if whole.content > len(p)+1<<16 {
+			t.Fatalf("%d bytes hold %d", len(p), whole.content)
+		}
+	})
+}
