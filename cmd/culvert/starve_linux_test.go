@@ -83,14 +83,16 @@ func newStarved(t *testing.T) *starved {
 	s.call = newRunCall(t, s.proxy, s.far)
 	runInChannel(t, p.socket)
 	go func() {
+		which := ""
 		select {
 		case <-p.exited:
-			t.Error("the sidecar has ended")
+			which = "sidecar"
 		case <-s.gone:
-			if t.Context().Err() == nil {
-				t.Error("the cloud proxy has ended")
-			}
+			which = "cloud proxy"
 		case <-t.Context().Done():
+		}
+		if t.Context().Err() == nil {
+			t.Errorf("the %s has ended", which)
 		}
 	}()
 	return s
