@@ -225,6 +225,7 @@ func (s *Server) admit(c tunnel.Candidate) (serve func()) {
 		}
 	}
 	if err != nil {
+		c.SetDeadline(time.Now().Add(time.Second)) // the one before may be over: a Write that TLS can not send breaks its records
 		s.refuse(c, m, err)
 		if time.Now().Before(deadline) { // else it has had its time
 			lingerClose(c)

@@ -133,15 +133,20 @@ func appendLine(file, head, line string, mode os.FileMode) error {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "the list can not be written: %w", err)
 	}
 	text := line + "\n"
-	if st, e := f.Stat(); e == nil && st.Size() == 0 {
+	st, err := f.Stat()
+	if err == nil && st.Size() == 0 {
 		text = head + text
-	} else if e == nil {
+	} else if err == nil {
 		var last [1]byte // an editor may have left the last line without its end
 		if _, e := f.ReadAt(last[:], st.Size()-1); e == nil && last[0] != '\n' {
 			text = "\n" + text
 		}
 	}
-	_, err = f.WriteString(text)
+	if err == nil {
+		if _, err = f.WriteString(text); err != nil {
+			f.Truncate(st.Size()) // a full disk takes a part of it
+		}
+	}
 	if e := f.Sync(); err == nil {
 		err = e
 	}

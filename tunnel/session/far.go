@@ -57,6 +57,10 @@ func (l Limits) asks() *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(4*l.OpensPerSecond), 4*(l.OpensPerSecond+l.Streams))
 }
 
+// abortRate and abortBurst bound the streams that end before they have said what
+// they are for: those of apps that change their mind within a round trip.
+const abortRate, abortBurst = 100, 1000
+
 // FarConfig is what a far end needs. Next is required.
 type FarConfig struct {
 	Next   tunnel.Opener // where the session's traffic goes
@@ -80,14 +84,15 @@ const DefaultHold = time.Minute
 
 // Far is the cloud proxy's end of a session.
 type Far struct {
-	cfg   FarConfig
-	drops media.Drops
-	plane *plane
-	opens *rate.Limiter
-	renew *rate.Limiter
-	asks  *rate.Limiter // streams of carriers, whatever they are for
-	pacer *bulk.Pacer
-	share *resume.Share
+	cfg    FarConfig
+	drops  media.Drops
+	plane  *plane
+	opens  *rate.Limiter
+	renew  *rate.Limiter
+	asks   *rate.Limiter // streams of carriers, whatever they are for
+	aborts *rate.Limiter // those of them that have not said what they are for
+	pacer  *bulk.Pacer
+	share  *resume.Share
 
 	control  *control
 	ending   atomic.Pointer[tunnel.Error] // why the sidecar has been told to go; nil: it has not
@@ -119,7 +124,7 @@ func NewFar(cfg FarConfig) *Far {
 	cfg.Limits = cfg.Limits.withDefaults()
 	f := &Far{
 		cfg: cfg, control: newControl(),
-		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), asks: cfg.Limits.asks(),
+		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), asks: cfg.Limits.asks(), aborts: rate.NewLimiter(abortRate, abortBurst),
 		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	if cfg.Memory == nil {
@@ -180,23 +185,36 @@ func (f *Far) Serve(c tunnel.Carrier, sealed *media.Sealed) error {
 		if !f.asks.Allow() {
 			why := tunnel.Errorf(tunnel.LimitExceeded, "the sidecar opens streams far faster than %d a second", f.cfg.Limits.OpensPerSecond)
 			s.Abort(why)
-			f.End(why)
+			f.endFlood(why)
 			err = why
 			break
 		}
-		streams.Go(func() { f.serveStream(s) })
+		streams.Go(func() {
+			if f.serveStream(s) || c.Err() != nil || f.aborts.Allow() {
+				return
+			}
+			why := tunnel.Errorf(tunnel.LimitExceeded, "the sidecar opens streams and ends them unused more than %d times a second", abortRate)
+			f.endFlood(why)
+			c.Close(why)
+		})
 	}
 	if f.ctx.Err() != nil {
 		err = context.Cause(f.ctx) // why we end it, which the peer is told
 	} else if cause := c.Err(); cause != nil {
 		err = cause
 	}
-	if cause, ok := errors.AsType[*tunnel.Error](c.Err()); ok && cause.Code == tunnel.LimitExceeded {
-		f.End(cause) // else it comes again at once
-	}
+	f.endFlood(c.Err())
 	c.Close(err)
 	streams.Wait()
 	return err
+}
+
+// endFlood ends the session where a connection was cut for what its peer asks of
+// us: else it would come again at once.
+func (f *Far) endFlood(why error) {
+	if cause, ok := errors.AsType[*tunnel.Error](why); ok && cause.Code == tunnel.LimitExceeded {
+		f.endWithin(cause, endTime/2) // a tenant that floods is cut within a second in all
+	}
 }
 
 // ServeLane carries the session's datagrams over a lane until the lane or the
@@ -214,6 +232,7 @@ func (f *Far) ServeLane(l tunnel.Lane) error {
 		l.Close(context.Cause(f.ctx))
 	}
 	f.plane.removeWay(wire.WayLanes, l)
+	f.endFlood(l.Err())
 	return l.Err()
 }
 
@@ -232,10 +251,15 @@ func (f *Far) enter() bool {
 // leave counts it out.
 func (f *Far) leave() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	f.served--
-	if f.served == 0 && f.ctx.Err() == nil {
+	gone := f.served == 0 && f.ctx.Err() == nil
+	why := f.ending.Load()
+	if gone && why == nil {
 		f.hold.Reset(f.cfg.Hold)
+	}
+	f.mu.Unlock()
+	if gone && why != nil {
+		f.Close(why) // nobody is left who could be told
 	}
 }
 
@@ -270,10 +294,12 @@ func (f *Far) Close(why error) {
 
 // End tells the sidecar that the session ends, and why. Close follows when the
 // sidecar has gone, or after a second.
-func (f *Far) End(why *tunnel.Error) {
+func (f *Far) End(why *tunnel.Error) { f.endWithin(why, endTime) }
+
+func (f *Far) endWithin(why *tunnel.Error, within time.Duration) {
 	f.ending.Store(why)
 	f.control.send(wire.Message{End: &wire.End{Code: why.Code, Text: why.Text}})
-	timer := time.AfterFunc(endTime, func() { f.Close(why) })
+	timer := time.AfterFunc(within, func() { f.Close(why) })
 	context.AfterFunc(f.ctx, func() { timer.Stop() })
 }
 
@@ -314,13 +340,16 @@ func (f *Far) admit(live, limit int, what string) error {
 // openingTime bounds how long a new stream may take to say what it is for.
 const openingTime = 10 * time.Second
 
-func (f *Far) serveStream(s tunnel.Stream) {
+// serveStream serves what a stream is for. It reports false where the stream has
+// not said that.
+func (f *Far) serveStream(s tunnel.Stream) bool {
 	s.SetReadDeadline(time.Now().Add(openingTime))
 	m, err := wire.Read(s, f.cfg.Peered)
 	s.SetReadDeadline(time.Time{})
 	switch {
 	case err != nil:
 		s.Abort(err)
+		return false
 	case m.Control != nil:
 		f.beginControl()
 		f.goOn(s, controlNumber, m.Control.Received)
@@ -330,7 +359,9 @@ func (f *Far) serveStream(s tunnel.Stream) {
 		f.serveTarget(s, m.Stream)
 	default:
 		s.Abort(tunnel.Errorf(tunnel.Internal, "the stream begins with a message that does not belong there"))
+		return false
 	}
+	return true
 }
 
 // refuse answers no and ends the stream.

@@ -57,3 +57,42 @@ func TestASidecarThatFloodsWithStreamsIsCutAndOthersAreNot(t *testing.T) {
 		s.Close()
 	})
 }
+
+// What an app leaves before its stream has said what it is for is bounded, well
+// below what a session may open.
+func TestStreamsThatEndUnusedAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for name, c := range map[string]struct {
+			every time.Duration // between them
+			cut   bool
+		}{
+			"a flood":              {200 * time.Microsecond, true},
+			"apps that think anew": {50 * time.Millisecond, false},
+		} {
+			ended := make(chan error, 1)
+			p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{Ended: func(err error) { ended <- err }})
+			began := time.Now()
+			carrier := p.at.carriers[0].carrier
+			for range 3000 {
+				s, err := carrier.OpenStream(t.Context())
+				if err != nil {
+					break
+				}
+				s.Abort(nil)
+				time.Sleep(c.every)
+			}
+			synctest.Wait()
+			select {
+			case err := <-ended:
+				if took := time.Since(began); !c.cut || !errors.Is(err, tunnel.LimitExceeded) || took > time.Second {
+					t.Errorf("%s: after %v: %v", name, took, err)
+				}
+			default:
+				if c.cut {
+					t.Errorf("%s: it goes on", name)
+				}
+			}
+			p.end()
+		}
+	})
+}

@@ -55,6 +55,7 @@ type flows struct {
 	watches atomic.Pointer[[]*watch]
 
 	// For the reading goroutine alone.
+	unproved   *unproved // the socket's
 	packets    *netio.Batch
 	next, held int            // packets of the batch: looked at, read
 	into       []ipv4.Message // of the ReadBatch under way
@@ -125,6 +126,7 @@ func (s *socket) start(c Config, server bool) error {
 	if err != nil {
 		return err
 	}
+	f.unproved = &s.unproved
 	f.packets = netio.NewBatch(batch, maxPacket)
 	f.fill = f.read
 	return nil
@@ -176,6 +178,7 @@ func (f *flows) hand() {
 		if f.take(&d) {
 			continue
 		}
+		f.unproved.came(d.P, d.From)
 		m := &f.into[f.got]
 		f.got++
 		m.N = copy(m.Buffers[0], d.P)

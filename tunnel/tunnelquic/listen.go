@@ -70,10 +70,12 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 
 		windows: windows{limit: maxWindows},
 	}
+	crowded := func() bool { return l.handshakes.Load() >= int64(c.Limits.Retry) }
+	sock.unproved.wanted = func() bool { return !crowded() }
 	l.transport = &quic.Transport{
 		Conn:                l.sock,
 		ConnectionIDLength:  connIDLen,
-		VerifySourceAddress: func(net.Addr) bool { return l.handshakes.Load() >= int64(c.Limits.Retry) },
+		VerifySourceAddress: func(net.Addr) bool { return crowded() },
 		ConnContext:         l.countHandshake,
 	}
 	if c.StatelessResetKey != nil {
@@ -105,10 +107,17 @@ func (l *Listener) countHandshake(ctx context.Context, from *quic.ClientInfo) (c
 		l.warn("refused a QUIC connection: too many handshakes are open", l.cfg.Limits.Handshakes)
 		return nil, errors.New("too many handshakes are open")
 	}
+	address := tunnel.AddrPortOf(from.RemoteAddr)
 	if from.AddrVerified {
 		l.proved.Add(1)
+		l.sock.unproved.over(address)
+	} else {
+		l.sock.unproved.begun(address)
 	}
-	done := sync.OnceFunc(func() { l.handshakes.Add(-1) })
+	done := sync.OnceFunc(func() {
+		l.handshakes.Add(-1)
+		l.sock.unproved.over(address)
+	})
 	context.AfterFunc(ctx, done)
 	return context.WithValue(ctx, handshakeKey{}, done), nil
 }

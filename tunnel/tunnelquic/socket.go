@@ -21,6 +21,7 @@ const sendBuffer = 512 << 10
 type socket struct {
 	*net.UDPConn
 	flows
+	unproved unproved
 	// strict passes on errors that say that there is no way to the peer: while
 	// dialling they are the answer. noWay keeps the last, since quic-go keeps
 	// only its text.
@@ -38,7 +39,7 @@ func newSocket(conn *net.UDPConn, c Config, server bool) (*socket, error) {
 // WriteMsgUDP sends as net.UDPConn does. A packet that the kernel refuses for
 // a reason that may pass counts as sent: QUIC sees it as lost.
 func (s *socket) WriteMsgUDP(b, oob []byte, to *net.UDPAddr) (n, oobn int, err error) {
-	if s.secret(b) {
+	if s.secret(b) || to != nil && !s.unproved.may(len(b), to.AddrPort()) {
 		return len(b), len(oob), nil
 	}
 	n, oobn, err = s.UDPConn.WriteMsgUDP(b, oob, to)

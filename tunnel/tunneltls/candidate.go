@@ -16,9 +16,18 @@ const kind = "tls"
 // link is one TLS connection whose handshake is done.
 type link struct {
 	*tls.Conn
-	raw    net.Conn // the TCP connection
-	gather *gather  // the same, with what TLS writes
+	raw    net.Conn    // the TCP connection
+	gather *gather     // the same, with what TLS writes
+	rekeys *rekeyMeter // nil: a server's records are not metered
 	client bool
+}
+
+func (l *link) Read(p []byte) (int, error) {
+	n, err := l.Conn.Read(p)
+	if l.rekeys != nil {
+		l.rekeys.gave(n)
+	}
+	return n, err
 }
 
 // Flow is nil: what TCP carries is the connection's alone.

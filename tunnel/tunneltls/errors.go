@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/hashicorp/yamux"
@@ -92,6 +93,8 @@ func ended(err error) error {
 	switch {
 	case errors.As(err, &made):
 		return err
+	case strings.Contains(err.Error(), "too many non-advancing records"): // crypto/tls has no value for it
+		return errRekeys
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return tunnel.Errorf(tunnel.CloudUnreachable, "the peer closed the connection: %w", err)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.ETIMEDOUT), errors.Is(err, yamux.ErrConnectionWriteTimeout):

@@ -143,12 +143,13 @@ func (l *listener) handshake(ctx context.Context, conn net.Conn) (*candidate, er
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	g.Conn = &replay{Conn: conn, first: hello}
+	rekeys := newRekeyMeter(&replay{Conn: conn, first: hello})
+	g.Conn = rekeys
 	secured := tls.Server(g, l.cfg.TLS)
 	if err := secured.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
-	return &candidate{link: &link{Conn: secured, raw: raw, gather: g}, cfg: &l.cfg}, nil
+	return &candidate{link: &link{Conn: secured, raw: raw, gather: g, rekeys: rekeys}, cfg: &l.cfg}, nil
 }
 
 // readHello reads the first TLS record. What does not begin as a handshake

@@ -224,6 +224,43 @@ func TestGarbageIsClosedAtOnce(t *testing.T) {
 	}
 }
 
+// What a peer may send before it is known is bounded: crypto/tls would take
+// certificates of 256 KiB.
+func TestALongHandshakeIsCut(t *testing.T) {
+	cc, sc := both(t)
+	l := listen(t, sc)
+	many := cc.TLS.Certificates[0]
+	for len(many.Certificate) < 400 {
+		many.Certificate = append(many.Certificate, many.Certificate[0])
+	}
+	size := len(many.Certificate) * len(many.Certificate[0])
+	conf := cc.TLS.Clone()
+	conf.Certificates = []tls.Certificate{many}
+	tcp, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	tcp.SetDeadline(time.Now().Add(patience))
+	conn := tls.Client(tcp, conf)
+	if err := conn.Handshake(); err == nil { // the certificates may be on their way still
+		_, err = conn.Read(make([]byte, 1))
+		if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("certificates of %d bytes were taken: %v", size, err)
+		}
+	}
+	if size <= maxOpening {
+		t.Fatalf("certificates of %d bytes are too short for this test", size)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if c, err := l.Accept(ctx); err == nil {
+		c.Close()
+		t.Error("the connection was accepted")
+	}
+	meet(t, dialer(t, cc), l) // another is
+}
+
 func TestTooManyUnauthenticatedAreClosed(t *testing.T) {
 	_, server := both(t)
 	server.Unauthenticated = 2

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"github.com/coder/websocket"
+	"golang.org/x/time/rate"
 
 	"culvert/tunnel"
 )
@@ -21,6 +22,7 @@ type Conn struct {
 	below tunnel.Layered
 	via   string
 	over  atomic.Bool // Close was called
+	flood *pings      // of the peer; nil: it is the one that was dialled
 }
 
 func newConn(ws *websocket.Conn, below tunnel.Layered, via string) *Conn {
@@ -44,6 +46,8 @@ func (c *Conn) plain(err error) error {
 		return err
 	case c.over.Load():
 		return net.ErrClosed
+	case c.flood != nil && c.flood.over.Load():
+		return errPings
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return os.ErrDeadlineExceeded
 	}
@@ -70,4 +74,33 @@ func (c *Conn) Close() error {
 	err := c.ws.CloseNow()
 	c.Conn.Close() // its timers
 	return err
+}
+
+// pingRate and pingBurst are how many pings and pongs (RFC 6455 §5.5.2) a peer may
+// send in a second. Ours sends none; a load balancer now and then.
+const pingRate, pingBurst = 5, 50
+
+var errPings = tunnel.Errorf(tunnel.LimitExceeded, "the WebSocket's peer sends pings more than %d times a second; nothing of ours does that", pingRate)
+
+// pings counts the signs of life that a peer sends and asks for; one that goes on beyond
+// the limit is cut. They are counted by the one goroutine that reads.
+type pings struct {
+	below io.Closer
+	rate  *rate.Limiter
+	over  atomic.Bool
+}
+
+func newPings(below io.Closer) *pings {
+	return &pings{below: below, rate: rate.NewLimiter(pingRate, pingBurst)}
+}
+
+// count reports whether one is to be answered.
+func (p *pings) count() bool {
+	if p.rate.Allow() {
+		return true
+	}
+	if !p.over.Swap(true) {
+		p.below.Close() // which ends the Read that we are in
+	}
+	return false
 }

@@ -120,12 +120,18 @@ func (l *Listener) upgrade(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	ws, err := websocket.Accept(w, r, nil) // which answers what is not a WebSocket, and other sites' pages
+	below := r.Context().Value(belowKey{}).(tunnel.Layered)
+	flood := newPings(below)
+	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{ // which answers what is not a WebSocket, and other sites' pages
+		OnPingReceived: func(context.Context, []byte) bool { return flood.count() },
+		OnPongReceived: func(context.Context, []byte) { flood.count() },
+	})
 	if err != nil {
 		l.cfg.Log.Debug("no WebSocket", "from", r.RemoteAddr, "err", err)
 		return
 	}
-	c := newConn(ws, r.Context().Value(belowKey{}).(tunnel.Layered), "")
+	c := newConn(ws, below, "")
+	c.flood = flood
 	late := time.NewTimer(l.cfg.Timeout)
 	defer late.Stop()
 	select {

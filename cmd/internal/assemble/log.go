@@ -281,7 +281,12 @@ func (a *auditFile) Write(p []byte) (int, error) {
 	defer a.mu.Unlock()
 	err := a.follow()
 	if err == nil {
-		_, err = a.f.Write(p)
+		var n int
+		if n, err = a.f.Write(p); err != nil && n > 0 { // a full disk takes a part of it
+			if st, e := a.f.Stat(); e == nil {
+				a.f.Truncate(st.Size() - int64(n))
+			}
+		}
 	}
 	if err != nil && !a.down {
 		a.failed(err)

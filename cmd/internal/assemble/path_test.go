@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -59,6 +60,8 @@ type site struct {
 	reset  []byte
 	limits session.Limits
 	places int // that tokens name; 0: 1
+	web    config.WebSocket
+	rules  assemble.Rules // beside its keys and its policy
 	log    *cmdtest.Text
 }
 
@@ -96,10 +99,11 @@ func (s *site) cloud(t *testing.T) (c *assemble.CloudProxy, stop func()) {
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		c, err = assemble.NewCloudProxy(assemble.CloudProxyParts{
 			Listen: s.listen, Certificate: s.cert, ResetKey: s.reset,
-			Rules:  assemble.Rules{Keys: identity.NewKeys(s.signer.Public().(ed25519.PublicKey)), Policy: pol},
-			Egress: egress.Config{Local4: netip.MustParseAddr(outside)},
-			Limits: s.limits,
-			Drain:  time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
+			Rules:     assemble.Rules{Keys: identity.NewKeys(s.signer.Public().(ed25519.PublicKey)), Policy: pol, Revoked: s.rules.Revoked, Apps: s.rules.Apps},
+			WebSocket: s.web,
+			Egress:    egress.Config{Local4: netip.MustParseAddr(outside)},
+			Limits:    s.limits,
+			Drain:     time.Millisecond, Log: slog.New(slog.NewTextHandler(s.log, nil)).With("end", "cloudproxy"),
 		})
 		// Another program may have borrowed the port of all addresses meanwhile.
 		if err == nil || !again || time.Now().After(deadline) {
@@ -396,24 +400,29 @@ func connect(t *testing.T, proxy net.Addr, to netip.AddrPort) net.Conn {
 // request sends one SOCKS5 request for an IPv4 target and returns the reply.
 func request(t *testing.T, proxy net.Addr, command byte, to netip.AddrPort) (net.Conn, [10]byte) {
 	t.Helper()
-	c, err := net.Dial("tcp", proxy.String())
+	c, reply, err := ask(proxy, command, to)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
+	return c, reply
+}
+
+// ask is request for who closes the connection itself.
+func ask(proxy net.Addr, command byte, to netip.AddrPort) (c net.Conn, reply [10]byte, err error) {
+	if c, err = net.Dial("tcp", proxy.String()); err != nil {
+		return nil, reply, err
+	}
 	c.SetDeadline(time.Now().Add(patience))
 	b := append([]byte{5, 1, 0, 5, command, 0, 1}, to.Addr().AsSlice()...)
 	c.Write(binary.BigEndian.AppendUint16(b, to.Port()))
-	var method [2]byte
-	var reply [10]byte
-	if _, err := io.ReadFull(c, method[:]); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(c, reply[:]); err != nil {
-		t.Fatal(err)
+	var answer [12]byte // the method and the reply
+	if _, err := io.ReadFull(c, answer[:]); err != nil {
+		c.Close()
+		return nil, reply, err
 	}
 	c.SetDeadline(time.Time{})
-	return c, reply
+	return c, [10]byte(answer[2:]), nil
 }
 
 // association is an app's SOCKS5 UDP ASSOCIATE.
@@ -424,17 +433,35 @@ type association struct {
 
 func associate(t *testing.T, proxy net.Addr) *association {
 	t.Helper()
-	c, r := request(t, proxy, 3, netip.AddrPortFrom(netip.IPv4Unspecified(), 0))
+	a, err := newAssociation(proxy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(a.close)
+	return a
+}
+
+func newAssociation(proxy net.Addr) (*association, error) {
+	c, r, err := ask(proxy, 3, netip.AddrPortFrom(netip.IPv4Unspecified(), 0))
+	if err != nil {
+		return nil, err
+	}
 	if r[1] != 0 {
-		t.Fatalf("UDP ASSOCIATE: reply %d", r[1])
+		c.Close()
+		return nil, fmt.Errorf("UDP ASSOCIATE: reply %d", r[1])
 	}
 	relay := netip.AddrPortFrom(netip.AddrFrom4([4]byte(r[4:8])), binary.BigEndian.Uint16(r[8:]))
 	u, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(relay))
 	if err != nil {
-		t.Fatal(err)
+		c.Close()
+		return nil, err
 	}
-	t.Cleanup(func() { u.Close() })
-	return &association{c, u}
+	return &association{c, u}, nil
+}
+
+func (a *association) close() {
+	a.control.Close()
+	a.udp.Close()
 }
 
 // send sends a datagram to a target, in the header of RFC 1928 §7.
