@@ -39,7 +39,7 @@ func newSocket(conn *net.UDPConn, c Config, server bool) (*socket, error) {
 // WriteMsgUDP sends as net.UDPConn does. A packet that the kernel refuses for
 // a reason that may pass counts as sent: QUIC sees it as lost.
 func (s *socket) WriteMsgUDP(b, oob []byte, to *net.UDPAddr) (n, oobn int, err error) {
-	if s.secret(b) || to != nil && !s.unproved.may(len(b), to.AddrPort()) {
+	if s.secret(b) || to != nil && !s.unproved.may(b, to.AddrPort()) {
 		return len(b), len(oob), nil
 	}
 	n, oobn, err = s.UDPConn.WriteMsgUDP(b, oob, to)

@@ -46,7 +46,11 @@ func (u *unproved) came(p []byte, from netip.AddrPort) {
 	defer u.mu.Unlock()
 	e := u.by[from]
 	if e == nil {
-		if len(p) < minInitial || !u.wanted() || len(u.by) >= maxUnproved && !u.tidyLocked() {
+		if len(p) < minInitial || !u.wanted() {
+			return
+		}
+		u.tidyLocked()
+		if len(u.by) >= maxUnproved {
 			return
 		}
 		if u.by == nil {
@@ -59,11 +63,11 @@ func (u *unproved) came(p []byte, from netip.AddrPort) {
 	e.in += len(p)
 }
 
-// tidyLocked forgets what has become no handshake, once a second, and reports whether there is room.
-func (u *unproved) tidyLocked() bool {
+// tidyLocked forgets what has become no handshake, once a second.
+func (u *unproved) tidyLocked() {
 	now := time.Now()
 	if now.Sub(u.tidied) < time.Second {
-		return false
+		return
 	}
 	u.tidied = now
 	for from, e := range u.by {
@@ -71,13 +75,14 @@ func (u *unproved) tidyLocked() bool {
 			delete(u.by, from)
 		}
 	}
-	return len(u.by) < maxUnproved
 }
 
-// may reports whether n bytes may go to an address. What may not is as if it
-// were lost on its way.
-func (u *unproved) may(n int, to netip.AddrPort) bool {
-	if u.n.Load() == 0 {
+// may reports whether a datagram may go to an address. What may not is as if it
+// were lost on its way. One with a short header always may: its connection has
+// been proved, and goes on although somebody else has put its address into a
+// datagram of his own.
+func (u *unproved) may(p []byte, to netip.AddrPort) bool {
+	if u.n.Load() == 0 || len(p) == 0 || p[0]>>7 == 0 {
 		return true
 	}
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
@@ -87,10 +92,10 @@ func (u *unproved) may(n int, to netip.AddrPort) bool {
 	if e == nil {
 		return true
 	}
-	if e.out+n > amplification*e.in {
+	if e.out+len(p) > amplification*e.in {
 		return false
 	}
-	e.out += n
+	e.out += len(p)
 	return true
 }
 

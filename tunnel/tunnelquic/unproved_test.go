@@ -185,19 +185,23 @@ func TestAddressesThatAreNotProvedAreBounded(t *testing.T) {
 	}
 	u.tidied = time.Time{}
 	u.came(p, at(3*maxUnproved)) // which tidies up
-	if len(u.by) != 2 || u.by[at(0)] == nil {
+	if u.n.Load() != 2 || len(u.by) != 2 || u.by[at(0)] == nil {
 		t.Errorf("%d addresses are left", len(u.by))
 	}
 	for _, c := range []struct {
+		first byte
 		bytes int
 		to    netip.AddrPort
 		want  bool
 	}{
-		{3*minInitial - 1, at(0), true}, {2, at(0), false}, {1, at(0), true}, {1, at(0), false},
-		{1 << 20, at(1), true}, // of whom nothing is known
+		{0xc0, 3*minInitial - 1, at(0), true}, {0xc0, 2, at(0), false}, {0xe0, 1, at(0), true}, {0xe0, 1, at(0), false},
+		{0x40, 1 << 20, at(0), true}, // of a connection that has been proved
+		{0xc0, 1 << 20, at(1), true}, // of whom nothing is known
 	} {
-		if got := u.may(c.bytes, c.to); got != c.want {
-			t.Errorf("%d bytes to %s: %v", c.bytes, c.to, got)
+		p := make([]byte, c.bytes)
+		p[0] = c.first
+		if got := u.may(p, c.to); got != c.want {
+			t.Errorf("%d bytes that begin with %#x to %s: %v", c.bytes, c.first, c.to, got)
 		}
 	}
 	u.over(at(0))
