@@ -431,6 +431,10 @@ func (a *Attached) End(why error) {
 	a.stop(why)
 }
 
+// Err is why the session ends or has ended at this end, as soon as that is known;
+// nil: it goes on.
+func (a *Attached) Err() error { return context.Cause(a.ctx) }
+
 // Renew brings another token for the session to the cloud proxy. Renewed tells
 // what comes of it.
 func (a *Attached) Renew(token string) {
@@ -449,7 +453,11 @@ func (a *Attached) handle(m wire.Message) error {
 	case m.Closed != nil:
 		a.near.end(a, m.Closed.Association, m.Closed.Err())
 	case m.End != nil:
-		return m.End.Err()
+		why := m.End.Err()
+		if why != nil { // nil: it has agreed to ours
+			a.End(why) // before the cloud proxy sees that we have gone, and closes its connections
+		}
+		return why
 	case m.GoAway != nil:
 		a.goOnce.Do(func() { close(a.going) })
 	case m.Renewed != nil:

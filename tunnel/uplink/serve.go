@@ -106,6 +106,12 @@ func (r *run) tell() {
 
 // end says that the session has ended.
 func (r *run) end(why error) {
+	if said := r.at.Err(); said != nil {
+		why = said // rather than what comes of it
+		if tunnel.CodeOf(said) == tunnel.NotPermitted { // what ends a session with this is the cloud proxy's word
+			why = refusal{said}
+		}
+	}
 	select {
 	case r.over <- why:
 	default:
@@ -185,11 +191,7 @@ func (u *Uplink) serve(ctx context.Context, g *granted, takesOver *tunnel.Change
 		}
 	}
 	wg.Go(func() {
-		err := r.at.Run()
-		if tunnel.CodeOf(err) == tunnel.NotPermitted { // what ends a session with this is the cloud proxy's word
-			err = refusal{err}
-		}
-		r.end(err)
+		r.end(r.at.Run())
 	})
 	next, err = r.loop(ctx)
 	r.move.stop()
@@ -478,6 +480,9 @@ func (r *run) step(now time.Time) time.Duration {
 		r.at.Load(r.choose.trial.way, o.load, o.begin)
 	}
 	r.needs(now, v)
+	if o.first == wire.NoWay && r.at.Err() != nil {
+		return o.next // it is over, and why is about to be told
+	}
 	state := r.describe(o)
 	if state != nil {
 		r.report(*state)

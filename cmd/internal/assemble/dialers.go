@@ -34,7 +34,7 @@ func throughProxy(c *config.HTTPProxy, own protection) (*httpproxy.Dialer, error
 	if err != nil {
 		return nil, err
 	}
-	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: own.dialer().DialContext})
+	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: tunnel.DialAgain(own.dialer().DialContext)})
 }
 
 // chooseProxy says which proxy leads to an address, if any.
@@ -83,7 +83,7 @@ const lookTime = 3 * time.Second
 // TCP goes through a proxy, where there is one.
 type overTCP struct {
 	direct, inside *tunneltls.Dialer
-	dial           dialTCP
+	dial           tunnel.DialFunc
 	look           *tls.Config // to see what answers instead of a cloud proxy
 	log            *slog.Logger
 
@@ -91,9 +91,7 @@ type overTCP struct {
 	opened map[string]time.Time // by address
 }
 
-type dialTCP = func(ctx context.Context, network, address string) (net.Conn, error)
-
-func newOverTCP(dial dialTCP, known uplink.TLSConfig, conf tunneltls.Config) (*overTCP, error) {
+func newOverTCP(dial tunnel.DialFunc, known uplink.TLSConfig, conf tunneltls.Config) (*overTCP, error) {
 	conf.Dial = dial
 	direct, err := tunneltls.NewDialer(conf)
 	if err != nil {
