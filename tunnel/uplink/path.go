@@ -37,10 +37,11 @@ const (
 //	 ├── not wanted ── resting              │  │ beside it, or nothing comes over TCP
 //	 └── not wanted ────────────────────────┘  └──► joining, at once
 //
-// A rest is 200 ms, thrice, and up to a second where a call waits or nothing
-// else serves the session; else 1 s to a minute; and for QUIC beside TLS 5 s to
-// 15 s, or to 5 min where it never worked. An answer that the session is not
-// known ends the session, and the path with it.
+// A rest is 200 ms, thrice, and up to a second where a call waits, which counts
+// from the beginning of the attempt, or where nothing else serves the session; else
+// 1 s to a minute; and for QUIC beside TLS 5 s to 15 s, or to 5 min where it never
+// worked. An answer that the session is not known ends the session, and the path
+// with it.
 type path struct {
 	run  *run
 	kind string // "quic", "tls"
@@ -304,6 +305,7 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 	case !urgent: // or many come at once, for whom each attempt that is given up is work in vain
 		limit = min(limit<<fails, openTime)
 	}
+	began := time.Now()
 	dialling, cancel := context.WithTimeoutCause(ctx, limit, tunnel.Errorf(tunnel.CloudUnreachable, "joining over %s took longer than %v", p.kind, limit))
 	g, err := p.run.join(dialling, p.dial, wire.AsCarrier)
 	cancel()
@@ -329,11 +331,12 @@ func (p *path) join(ctx context.Context) (*granted, time.Duration) {
 		p.run.end(err)
 		return nil, 0
 	}
-	return nil, p.pause(fails)
+	return nil, p.pause(fails, time.Since(began))
 }
 
-// pause is how long to rest after so many failures in a row.
-func (p *path) pause(fails int) time.Duration {
+// pause is how long to rest after so many failures in a row, the last of which
+// took so long.
+func (p *path) pause(fails int, took time.Duration) time.Duration {
 	p.mu.Lock()
 	urgent, worked := p.urgent, p.worked
 	p.mu.Unlock()
@@ -350,7 +353,11 @@ func (p *path) pause(fails int) time.Duration {
 	for range fails - 1 {
 		rest = min(2*rest, most)
 	}
-	return p.run.u.cfg.jitter(rest)
+	rest = p.run.u.cfg.jitter(rest)
+	if urgent { // nobody is spared by a rest on top of an attempt that was long
+		rest = max(rest-took, time.Millisecond)
+	}
+	return rest
 }
 
 // serve lets a connection serve the session until it is lost or not wanted, and

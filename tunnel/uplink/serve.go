@@ -107,7 +107,7 @@ func (r *run) tell() {
 // end says that the session has ended.
 func (r *run) end(why error) {
 	if said := r.at.Err(); said != nil {
-		why = said // rather than what comes of it
+		why = said                                      // rather than what comes of it
 		if tunnel.CodeOf(said) == tunnel.NotPermitted { // what ends a session with this is the cloud proxy's word
 			why = refusal{said}
 		}
