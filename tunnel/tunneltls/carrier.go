@@ -285,16 +285,15 @@ func (c *carrier) accept() {
 			continue
 		}
 		s := newStream(c, y)
-		c.register(s)
-		limit := ""
-		select {
-		case c.accepted <- s:
-			if c.count() <= c.cfg.MaxStreams {
+		limit := "the connection carries as many streams as it may"
+		// yamux may hold younger ones already, which are not this one's concern.
+		if c.register(s) <= c.cfg.MaxStreams {
+			select {
+			case c.accepted <- s:
 				continue
+			default:
+				limit = "too many streams wait to be accepted"
 			}
-			limit = "the connection carries as many streams as it may"
-		default:
-			limit = "too many streams wait to be accepted"
 		}
 		s.Abort(tunnel.Errorf(tunnel.LimitExceeded, "%s", limit))
 		// The peer must close what was refused, or it is not of our kind.
@@ -307,14 +306,15 @@ func (c *carrier) accept() {
 
 // register makes a stream known to the control stream, which may have heard of
 // it already: a peer can answer before yamux has returned from opening it, and
-// end what accept has not seen yet. Each side's numbers come here in order.
-func (c *carrier) register(s *stream) {
+// end what accept has not seen yet. Each side's numbers come here in order. It
+// returns how many are known with it.
+func (c *carrier) register(s *stream) int {
 	id := s.y.StreamID()
 	c.frames.unread.open(id)
 	c.mu.Lock()
 	c.last[id%2] = id
 	c.streams[id] = s
-	early := c.early[id]
+	known, early := len(c.streams), c.early[id]
 	for old := range c.early { // yamux refused those before, and told nobody
 		if old <= id && old%2 == id%2 {
 			delete(c.early, old)
@@ -324,6 +324,7 @@ func (c *carrier) register(s *stream) {
 	for _, m := range early {
 		s.hear(m)
 	}
+	return known
 }
 
 // shrink gives back the buffer of a stream, where it is empty.
