@@ -133,6 +133,7 @@ func TestACrowdOutlivesItsCloudProxy(t *testing.T) {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
 	t.Run("1,000 sidecars, killed and listening again after half a second", func(t *testing.T) {
+		// One run among the tests of other packages is given twice the time.
 		const many, bound = 1000, 10 * time.Second
 		pair, _ := netpair.NewBad(t, link.Settings{Delay: outliveDelay})
 		o := &only443{t: t, pair: pair, dir: t.TempDir(), culvert: filepath.Join(bin, "culvert")}
@@ -161,8 +162,8 @@ func TestACrowdOutlivesItsCloudProxy(t *testing.T) {
 		slices.Sort(took)
 		half, most, last := took[many/2-1], took[many*95/100-1], took[many-1]
 		t.Logf("after it listens half of them are ready in %v, all in %v", half.Round(time.Millisecond), last.Round(time.Millisecond))
-		netcall.Figure(t, "after it listens 95 % of them are ready in", most, bound, bound)
-		longest := bound
+		longest := 2 * bound
+		netcall.Figure(t, "after it listens 95 % of them are ready in", most, bound, longest)
 		if busy > outliveBusy { // while the sidecars had nothing to do: others have
 			longest *= outliveWide
 		}
