@@ -315,13 +315,14 @@ type socket struct {
 // open takes over a socket. It has sent nothing yet, so nothing that arrives
 // before the association knows it gets through the filter.
 func (s *socket) open(conn *net.UDPConn) (err error) {
+	if err = noBroadcast(conn); err != nil {
+		conn.Close()
+		return err
+	}
 	if s.conn, err = s.a.e.poller.Packet(conn, s); err != nil {
 		return err
 	}
-	if err = s.noBroadcast(); err == nil {
-		err = s.wantErrors()
-	}
-	if err == nil {
+	if err = s.wantErrors(); err == nil {
 		err = s.conn.Start()
 	}
 	if err != nil {
