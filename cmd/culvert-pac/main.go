@@ -81,8 +81,7 @@ func resolver(mark uint32) *net.Resolver {
 	if mark == 0 || capture.MayMark() != nil {
 		return net.DefaultResolver
 	}
-	// The C library's resolver makes sockets that nobody can mark.
-	return &net.Resolver{PreferGo: true, Dial: (&net.Dialer{Control: capture.Protect(mark)}).DialContext}
+	return capture.Resolver(mark)
 }
 
 // find asks the script. Of the URL it is given the scheme and the host alone, as

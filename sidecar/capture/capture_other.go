@@ -4,6 +4,7 @@ package capture
 
 import (
 	"context"
+	"net"
 	"net/netip"
 	"syscall"
 
@@ -47,6 +48,9 @@ func (*Capture) Server(netip.AddrPort) (server netip.AddrPort, network string, o
 
 // Protect is for Linux.
 func Protect(uint32) func(network, address string, c syscall.RawConn) error { return nil }
+
+// Resolver is for Linux.
+func Resolver(uint32) *net.Resolver { return net.DefaultResolver }
 
 // MayMark is for Linux.
 func MayMark() error {

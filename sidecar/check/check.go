@@ -54,9 +54,6 @@ const (
 	StepBeside = "media_sidecar"
 )
 
-// A Dial makes a connection, as net.Dialer.DialContext does.
-type Dial func(ctx context.Context, network, address string) (net.Conn, error)
-
 // Config says what is tested. Address, TLS, QUIC and Link are required.
 type Config struct {
 	Address string      // of the cloud proxy, HOST:PORT
@@ -71,10 +68,10 @@ type Config struct {
 	Inspectors []string
 
 	Lookup func(ctx context.Context, host string) ([]netip.Addr, error) // nil: the system's
-	Direct Dial                                                         // nil: a net.Dialer
+	Direct tunnel.DialFunc                                              // nil: a net.Dialer
 	// Through dials TCP as the sidecar does, where that is not Direct: through an
 	// enterprise proxy. Proxy is the step that tells whether it lets us.
-	Through Dial
+	Through tunnel.DialFunc
 	Proxy   func(ctx context.Context) Outcome
 
 	QUIC tunnel.Dialer

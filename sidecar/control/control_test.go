@@ -96,9 +96,9 @@ func (f *fake) Events(ctx context.Context) <-chan Event {
 	return c
 }
 
-func newServer(t testing.TB, f *fake) *Server {
+func newServer(t testing.TB, b Backend) *Server {
 	t.Helper()
-	s, err := NewServer(Config{Backend: f})
+	s, err := NewServer(Config{Backend: b})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +106,7 @@ func newServer(t testing.TB, f *fake) *Server {
 }
 
 // serve runs a server on a socket and returns a client for it.
-func serve(t *testing.T, f *fake) (*Client, string) {
+func serve(t *testing.T, b Backend) (*Client, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "run", "control.sock")
 	l, err := Listen(path, "")
@@ -115,7 +115,7 @@ func serve(t *testing.T, f *fake) (*Client, string) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() { done <- newServer(t, f).Serve(ctx, l) }()
+	go func() { done <- newServer(t, b).Serve(ctx, l) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

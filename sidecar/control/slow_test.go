@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"net"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -38,25 +37,8 @@ func (b *busy) Events(ctx context.Context) <-chan Event {
 // Who asks for events and does not read them is let go of, and others are answered
 // meanwhile.
 func TestAReaderThatStopsReadingEventsIsCut(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "run", "control.sock")
-	l, err := Listen(path, "")
-	if err != nil {
-		t.Fatal(err)
-	}
 	b := &busy{taken: make(chan time.Time, 1), ended: make(chan time.Time, 1)}
-	s, err := NewServer(Config{Backend: b})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- s.Serve(ctx, l) }()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}()
+	client, path := serve(t, b)
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -65,7 +47,7 @@ func TestAReaderThatStopsReadingEventsIsCut(t *testing.T) {
 	io.WriteString(c, "GET /v1/events HTTP/1.1\r\nHost: culvert\r\n\r\n")
 	var took time.Duration
 	for waiting := true; waiting; {
-		if _, err := NewClient(path).Status(t.Context()); err != nil {
+		if _, err := client.Status(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		select {

@@ -41,7 +41,7 @@ type Config struct {
 	// authorities. It is cloned.
 	TLS *tls.Config
 	// Dial makes the TCP connections; nil: a net.Dialer.
-	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	Dial tunnel.DialFunc
 }
 
 // Dialer connects, through a proxy where one is chosen. It has no goroutines and

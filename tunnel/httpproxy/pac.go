@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -42,7 +41,7 @@ type PAC struct {
 	Program string      // empty: PACProgram, beside this one or in PATH
 	TLS     *tls.Config // for an https URL; nil: the system's authorities
 	// Dial makes TCP connections to fetch it; nil: a net.Dialer.
-	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	Dial tunnel.DialFunc
 	// Mark is what the program's packets are to have (SO_MARK), where it may set
 	// one; 0: nothing.
 	Mark uint32

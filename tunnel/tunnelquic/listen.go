@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -140,7 +139,7 @@ func (l *Listener) accept() {
 			done()
 		}
 		refuse := func() { l.accepting.Go(func() { conn.CloseWithError(codeRefused, "") }) }
-		place, ok := l.unanswered.Enter(addrOf(conn.RemoteAddr()), refuse) // or it is turned out by this very goroutine
+		place, ok := l.unanswered.Enter(tunnel.AddrPortOf(conn.RemoteAddr()).Addr(), refuse) // or it is turned out by this very goroutine
 		if !ok {
 			l.warn("refused a QUIC connection: too many wait to be answered", l.cfg.Limits.Unanswered)
 			refuse()
@@ -163,13 +162,6 @@ func (l *Listener) accept() {
 			l.accepting.Go(func() { c.Close() })
 		}
 	}
-}
-
-func addrOf(a net.Addr) netip.Addr {
-	if u, ok := a.(*net.UDPAddr); ok {
-		return u.AddrPort().Addr()
-	}
-	return netip.Addr{}
 }
 
 // warn counts a refusal and logs at most one in 10 seconds.

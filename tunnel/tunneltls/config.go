@@ -1,7 +1,6 @@
 package tunneltls
 
 import (
-	"context"
 	"crypto/tls"
 	"log/slog"
 	"net"
@@ -22,7 +21,7 @@ type Config struct {
 	Log *slog.Logger
 	// Dial makes the connection below a Dialer's TLS; nil: a net.Dialer's. It may
 	// be a tunnel.Layered one.
-	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	Dial tunnel.DialFunc
 
 	// Other takes connections of a Listener whose TLS handshake is done and has
 	// chosen none of TLS.NextProtos, where TLS.GetConfigForClient lets such in.

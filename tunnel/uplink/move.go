@@ -185,7 +185,7 @@ func (m *mover) begin(r *run, addresses []string, why string) {
 			for _, a := range addresses {
 				g, err := r.u.try(ctx, r.mode, a)
 				if err == nil {
-					m.give(g)
+					give(m.found, g)
 					return
 				}
 				r.u.log.Info("another cloud proxy can not be had yet", "address", a, "code", tunnel.CodeOf(err), "why", tunnel.Sentence(err))
@@ -198,10 +198,10 @@ func (m *mover) begin(r *run, addresses []string, why string) {
 	})
 }
 
-// give hands over what was found; one is enough.
-func (m *mover) give(g *granted) {
+// give hands a connection over to who wants one; one is enough.
+func give(to chan<- *granted, g *granted) {
 	select {
-	case m.found <- g:
+	case to <- g:
 	default:
 		g.cand.Close()
 	}
@@ -252,7 +252,7 @@ func (r *run) prefer(now time.Time) {
 		defer cancel()
 		for _, a := range better {
 			if g, err := r.u.try(ctx, r.mode, a); err == nil {
-				m.give(g)
+				give(m.found, g)
 				return
 			}
 		}

@@ -682,7 +682,7 @@ func (r *run) join(ctx context.Context, d tunnel.Dialer, as string) (*granted, e
 	case m.Refused != nil:
 		err = m.Refused.Err()
 		if m.Refused.Code == tunnel.SessionUnknown && as == wire.AsCarrier && r.mayOpenOn(d) {
-			r.u.keep(&granted{cand: cand, took: time.Since(began)})
+			give(r.u.spare, &granted{cand: cand, took: time.Since(began)})
 			return nil, err
 		}
 	case m.Welcome == nil || m.Welcome.Session != r.welcome.Session:

@@ -330,15 +330,6 @@ func (u *Uplink) again(ctx context.Context, mode tunnel.Mode, address string) (*
 	return u.answered(ctx, mode, g, m, err, maxRedirects)
 }
 
-// keep keeps a connection for again.
-func (u *Uplink) keep(g *granted) {
-	select {
-	case u.spare <- g:
-	default:
-		g.cand.Close()
-	}
-}
-
 func (u *Uplink) dropSpare() {
 	select {
 	case g := <-u.spare:

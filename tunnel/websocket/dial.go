@@ -26,7 +26,7 @@ type DialConfig struct {
 	// Name is verified, and sent as SNI, where the URL's host is a number.
 	Name string
 	// Dial makes the TCP connection; nil: a net.Dialer.
-	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	Dial tunnel.DialFunc
 }
 
 // Dialer opens WebSockets. It has no state and needs no closing.

@@ -32,9 +32,7 @@ func protect(c *config.Capture) protection {
 	if c == nil {
 		return protection{resolver: net.DefaultResolver}
 	}
-	control := capture.Protect(rules.OwnMark)
-	// The C library's resolver makes sockets that nobody can mark.
-	return protection{rules.OwnMark, control, &net.Resolver{PreferGo: true, Dial: (&net.Dialer{Control: control}).DialContext}}
+	return protection{rules.OwnMark, capture.Protect(rules.OwnMark), capture.Resolver(rules.OwnMark)}
 }
 
 // dialer is one whose packets are left alone.
