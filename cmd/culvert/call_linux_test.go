@@ -389,12 +389,8 @@ func TestACallKeepsItsPairWhileThePathChanges(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the call lasts 20 s")
 	}
-	netpair.New(t) // skips before anything is built
 	needNFT(t)
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	o := newOnly443(t, bin)
 	o.start(o.pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket, "--mode", "auto")
 	runReady(t, o.socket)

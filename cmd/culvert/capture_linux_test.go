@@ -169,14 +169,7 @@ func captureBuild(t *testing.T) (bin string) {
 			t.Skip(err)
 		}
 	}
-	bin = t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy", "culvert/cmd/culvert-pac").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	for dir := bin; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
-		os.Chmod(dir, 0o755) // another user runs what is in it
-	}
-	return bin
+	return buildBoth(t)
 }
 
 // Apps that know of no proxy reach the outside world, and nothing but 443 leaves.

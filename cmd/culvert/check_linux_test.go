@@ -614,17 +614,8 @@ func TestCheckNamesTheCause(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it drives other programs only, for some 15 s")
 	}
-	netpair.New(t) // skips before anything is built
-	if _, err := exec.LookPath("nft"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("CI=true says that nothing may be left out: %v", err)
-		}
-		t.Skipf("paths are shut by nft: %v", err)
-	}
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	needNFT(t)
+	bin := buildBoth(t)
 	beds := map[string]*checkBed{}
 	for name, c := range checkCases {
 		b := &checkBed{t: t, bin: bin, pair: netpair.New(t), dir: t.TempDir(), host: netpair.FarAddr.String()}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -181,12 +180,7 @@ func newForbidding(t *testing.T, bin string) *forbidding {
 	o.start(o.pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket)
 	runReady(t, o.socket)
 	o.listen = runStatus(t, o.socket).Listen
-
-	_, reply := o.ask(o.listen, 3, "0.0.0.0", 0)
-	if reply[1] != 0 {
-		t.Fatalf("UDP ASSOCIATE: reply %d", reply[1])
-	}
-	o.app = o.dial("udp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte(reply[4:8])), binary.BigEndian.Uint16(reply[8:])).String())
+	o.app = o.associate(o.listen)
 	o.app.SetDeadline(time.Time{})
 	return o
 }

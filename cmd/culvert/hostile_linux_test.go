@@ -260,6 +260,20 @@ func (h *hostileBed) strangers(*testing.T) {
 	}
 }
 
+// sidecarTLS is that of another sidecar, which has a key of its own.
+func sidecarTLS(t *testing.T, conf *config.Sidecar) *tls.Config {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := uplink.ClientTLS(uplink.TLSConfig{Key: key, Pins: conf.CloudProxy.Pin, ServerName: conf.CloudProxy.ServerName})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
 // sidecars have a key, and some a token that is good, for an App ID of that name.
 func (h *hostileBed) sidecars(t *testing.T) {
 	conf, err := config.ReadSidecar(filepath.Join(h.dir, "culvert.yaml"))
@@ -271,14 +285,7 @@ func (h *hostileBed) sidecars(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, text := range hostile {
-		_, key, err := ed25519.GenerateKey(rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		client, err := uplink.ClientTLS(uplink.TLSConfig{Key: key, Pins: conf.CloudProxy.Pin, ServerName: conf.CloudProxy.ServerName})
-		if err != nil {
-			t.Fatal(err)
-		}
+		client := sidecarTLS(t, conf)
 		now := time.Now()
 		token := func(app string) string {
 			token, err := identity.Issue(signer, identity.Claims{App: app, Region: first(text, 300), Operator: first(text, 300), Concurrency: 3, Issued: now, Expires: now.Add(time.Hour), ID: first(text, 100)})

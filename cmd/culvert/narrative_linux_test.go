@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"net/netip"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -12,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"culvert/cmd/internal/netpair"
 	"culvert/sidecar/control"
 	"culvert/tunnel"
 )
@@ -91,17 +89,8 @@ func (o *only443) numbered(proxy string) (look func(func(*echoes))) {
 // What the sidecar tells of a call whose UDP is shut and opened again is what
 // the app itself has met.
 func TestWhatBefallsACallIsToldAsTheAppMeetsIt(t *testing.T) {
-	netpair.New(t) // skips before anything is built
-	if _, err := exec.LookPath("nft"); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("CI=true says that nothing may be left out: %v", err)
-		}
-		t.Skipf("UDP is shut by nft: %v", err)
-	}
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	needNFT(t)
+	bin := buildBoth(t)
 	o := newOnly443(t, bin)
 	o.start(o.pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket, "--mode", "auto")
 	runReady(t, o.socket)

@@ -89,11 +89,7 @@ func TestACallOutlivesItsCloudProxy(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the calls last some minutes")
 	}
-	netpair.New(t) // skips before anything is built
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	t.Run("killed, and listening again after half a second", func(t *testing.T) {
 		o := newOutlive(t, bin)
 		o.talk()

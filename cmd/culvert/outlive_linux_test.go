@@ -126,11 +126,7 @@ func TestACallOutlivesItsPath(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the calls last some minutes")
 	}
-	netpair.New(t) // skips before anything is built
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	t.Run("start", func(t *testing.T) {
 		for name, test := range map[string]struct {
 			noUDP bool

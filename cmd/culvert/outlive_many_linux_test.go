@@ -127,11 +127,7 @@ func TestACrowdOutlivesItsCloudProxy(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it takes two processors twenty seconds")
 	}
-	netpair.New(t) // skips before anything is built
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	t.Run("1,000 sidecars, killed and listening again after half a second", func(t *testing.T) {
 		// One run among the tests of other packages is given twice the time.
 		const many, bound = 1000, 10 * time.Second

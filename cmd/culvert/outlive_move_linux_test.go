@@ -3,7 +3,6 @@ package main
 import (
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -103,11 +102,7 @@ func TestACallOutlivesAMove(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the calls last some minutes")
 	}
-	netpair.New(t) // skips before anything is built
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	for mode, way := range map[string]string{"auto": "sealed", "tcp": "lanes"} {
 		for name, without := range map[string]time.Duration{"at once": 0, "after a second": time.Second} {
 			t.Run("another address "+name+", mode "+mode, func(t *testing.T) {
@@ -171,11 +166,7 @@ func TestACallOutlivesAFrozenEnd(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the calls last some minutes")
 	}
-	netpair.New(t) // skips before anything is built
-	bin := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "culvert/cmd/culvert", "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	bin := buildBoth(t)
 	for mode, way := range map[string]string{"auto": "sealed", "tcp": "lanes"} {
 		for end, which := range map[string]func(*outlive) *os.Process{
 			"the sidecar":     func(o *outlive) *os.Process { return o.sidecar.Process },

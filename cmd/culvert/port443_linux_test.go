@@ -174,15 +174,20 @@ func (o *only443) ask(proxy string, command byte, host string, port uint16) (net
 	return c, [10]byte(answer[2:])
 }
 
-// media sends datagrams until 50 have come back, each target's own number too.
-func (o *only443) media(proxy string) {
+// associate opens an association, and returns a socket that sends to it.
+func (o *only443) associate(proxy string) net.Conn {
 	o.t.Helper()
 	_, reply := o.ask(proxy, 3, "0.0.0.0", 0)
 	if reply[1] != 0 {
 		o.t.Fatalf("UDP ASSOCIATE: reply %d", reply[1])
 	}
-	relay := netip.AddrPortFrom(netip.AddrFrom4([4]byte(reply[4:8])), binary.BigEndian.Uint16(reply[8:]))
-	u := o.dial("udp4", relay.String())
+	return o.dial("udp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte(reply[4:8])), binary.BigEndian.Uint16(reply[8:])).String())
+}
+
+// media sends datagrams until 50 have come back, each target's own number too.
+func (o *only443) media(proxy string) {
+	o.t.Helper()
+	u := o.associate(proxy)
 	packets := [][]byte{}
 	for i, host := range []string{"127.0.0.1", "localhost"} {
 		head := append([]byte{0, 0, 0}, socksRequest(0, host, o.udp)[3:]...)

@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
@@ -22,7 +20,6 @@ import (
 
 	"culvert/cmd/internal/config"
 	"culvert/cmd/internal/netpair"
-	"culvert/tunnel/uplink"
 )
 
 // tenants is a pair whose sidecar runs, with an app that is measured.
@@ -39,11 +36,7 @@ func newTenants(t *testing.T, bin string, mode string, change ...func(dir string
 	o.near = o.start(o.pair.Near, o.culvert, "run", "-c", filepath.Join(o.dir, "culvert.yaml"), "--listen", "127.0.0.1:0", "--control", o.socket, "--mode", mode)
 	runReady(t, o.socket)
 	o.listen = runStatus(t, o.socket).Listen
-	_, reply := o.ask(o.listen, 3, "0.0.0.0", 0)
-	if reply[1] != 0 {
-		t.Fatalf("UDP ASSOCIATE: reply %d", reply[1])
-	}
-	o.app = o.dial("udp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte(reply[4:8])), binary.BigEndian.Uint16(reply[8:])).String())
+	o.app = o.associate(o.listen)
 	o.app.SetDeadline(time.Time{})
 	return o
 }
@@ -113,14 +106,7 @@ func TestAThousandSilentConnectionsAreClosedAndDisturbNobody(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	client, err := uplink.ClientTLS(uplink.TLSConfig{Key: key, Pins: conf.CloudProxy.Pin, ServerName: conf.CloudProxy.ServerName})
-	if err != nil {
-		t.Fatal(err)
-	}
+	client := sidecarTLS(t, conf)
 	span := func(d time.Duration) context.Context {
 		ctx, cancel := context.WithTimeout(t.Context(), d)
 		t.Cleanup(cancel)

@@ -35,10 +35,11 @@ type starved struct {
 func newStarved(t *testing.T) *starved {
 	t.Helper()
 	dir := t.TempDir()
-	program, conf := filepath.Join(dir, "culvert-cloudproxy"), filepath.Join(dir, "conf")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "culvert/cmd/culvert-cloudproxy").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	bin, err := programs()
+	if err != nil {
+		t.Fatal(err)
 	}
+	program, conf := filepath.Join(bin, "culvert-cloudproxy"), filepath.Join(dir, "conf")
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -48,7 +49,7 @@ func newStarved(t *testing.T) *starved {
 	if out, err := exec.Command(program, "init", "--host", at, "--dir", conf, "--allow", "127.0.0.0/8").CombinedOutput(); err != nil {
 		t.Fatalf("init: %v\n%s", err, out)
 	}
-	s := &starved{disk: filepath.Join(dir, "disk"), gone: make(chan struct{}), far: runEcho(t), farTCP: starveEcho(t)}
+	s := &starved{disk: filepath.Join(dir, "disk"), gone: make(chan struct{}), far: runEcho(t), farTCP: cmdtest.StreamEcho(t)}
 	if err := os.Mkdir(s.disk, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -96,27 +97,6 @@ func newStarved(t *testing.T) *starved {
 		}
 	}()
 	return s
-}
-
-// starveEcho is a TCP echo at the far end.
-func starveEcho(t *testing.T) netip.AddrPort {
-	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			wg.Go(func() { defer c.Close(); io.Copy(c, c) })
-		}
-	})
-	t.Cleanup(func() { l.Close(); wg.Wait() })
-	return l.Addr().(*net.TCPAddr).AddrPort()
 }
 
 // ask sends a SOCKS5 request.

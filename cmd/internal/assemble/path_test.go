@@ -503,30 +503,6 @@ func (a *association) echoes(t *testing.T, text string, to netip.AddrPort) bool 
 	}
 }
 
-// newStreamEcho is a TCP echo at the far end.
-func newStreamEcho(t *testing.T) netip.AddrPort {
-	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			wg.Go(func() {
-				defer c.Close()
-				io.Copy(c, c)
-			})
-		}
-	})
-	t.Cleanup(func() { l.Close(); wg.Wait() })
-	return l.Addr().(*net.TCPAddr).AddrPort()
-}
-
 // returns checks that what is written to a stream comes back.
 func returns(t *testing.T, c net.Conn, text string) {
 	t.Helper()

@@ -15,6 +15,7 @@ import (
 
 	"culvert/cloudproxy/identity"
 	"culvert/cmd/internal/assemble"
+	"culvert/cmd/internal/cmdtest"
 	"culvert/cmd/internal/config"
 	"culvert/policy"
 	"culvert/sidecar"
@@ -24,7 +25,7 @@ import (
 // An App ID's own policy is in force for its sessions alone, and goes with the
 // App ID.
 func TestEachAppIDHasItsOwnPolicy(t *testing.T) {
-	far := newStreamEcho(t)
+	far := cmdtest.StreamEcho(t)
 	s := newSite(t)
 	cloud, _ := s.cloud(t)
 	var loopback policy.Config

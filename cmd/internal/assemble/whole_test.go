@@ -119,7 +119,7 @@ func TestTheEventStreamTellsOfARestart(t *testing.T) {
 }
 
 func TestSidecarThatWasThereFirstConnectsOnceTheCloudProxyIsThere(t *testing.T) {
-	far := newStreamEcho(t)
+	far := cmdtest.StreamEcho(t)
 	s := newSite(t)
 	_, stop := s.cloud(t) // only to have an address
 	stop()
@@ -153,7 +153,7 @@ func TestASessionHasAsManyStreamsAsItsLimit(t *testing.T) {
 	const streams = 1100
 	for _, mode := range bothCarriers {
 		t.Run(string(mode), func(t *testing.T) {
-			far := newStreamEcho(t)
+			far := cmdtest.StreamEcho(t)
 			s := newSite(t)
 			s.limits = session.Limits{Streams: streams, OpensPerSecond: 10 * streams}
 			s.cloud(t)
@@ -185,7 +185,7 @@ func TestASessionHasAsManyStreamsAsItsLimit(t *testing.T) {
 
 func TestGarbageDisturbsNobody(t *testing.T) {
 	const each = 24 // pieces of garbage in each place
-	farUDP, farTCP := newEcho(t), newStreamEcho(t)
+	farUDP, farTCP := newEcho(t), cmdtest.StreamEcho(t)
 	s := newSite(t)
 	cloud, _ := s.cloud(t)
 	sc := s.sidecar(t, tunnel.ModeAuto)
@@ -273,7 +273,7 @@ func throw(network, address string, b []byte) error {
 }
 
 func TestNothingIsLeftOfAPathThatWasInUse(t *testing.T) {
-	farUDP, farTCP := newEcho(t), newStreamEcho(t)
+	farUDP, farTCP := newEcho(t), cmdtest.StreamEcho(t)
 	for _, mode := range bothCarriers {
 		t.Run(string(mode), func(t *testing.T) {
 			already := goleak.IgnoreCurrent()

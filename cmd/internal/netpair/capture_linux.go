@@ -6,10 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -87,11 +85,7 @@ func (p Packet) String() string {
 // Capture holds what a namespace sends on any of its devices, its loopback
 // included, but what the kernel sends by itself to keep links working.
 type Capture struct {
-	t    testing.TB
-	fd   int
-	end  atomic.Bool
-	wg   sync.WaitGroup
-	once sync.Once
+	tap
 	name map[int]string // of devices
 
 	mu   sync.Mutex
@@ -101,52 +95,26 @@ type Capture struct {
 // Capture begins to capture. All devices must be there.
 func (s *Space) Capture(t testing.TB) *Capture {
 	t.Helper()
-	c := &Capture{t: t, name: map[int]string{}}
-	if err := s.Do(c.open); err != nil {
+	c := &Capture{tap: tap{t: t}, name: map[int]string{}}
+	err := s.Do(func() error {
+		all, err := net.Interfaces()
+		if err != nil {
+			return err
+		}
+		for _, i := range all {
+			c.name[i.Index] = i.Name
+		}
+		return c.open(unix.SOCK_DGRAM, 0)
+	})
+	if err != nil {
 		t.Fatalf("the capture: %v", err)
 	}
-	c.wg.Go(c.read)
-	t.Cleanup(func() { c.Stop() })
+	c.begin(func(at *unix.SockaddrLinklayer, p []byte) {
+		if at.Pkttype == unix.PACKET_OUTGOING {
+			c.add(at, p)
+		}
+	})
 	return c
-}
-
-func (c *Capture) open() error {
-	all, err := net.Interfaces()
-	if err != nil {
-		return err
-	}
-	for _, i := range all {
-		c.name[i.Index] = i.Name
-	}
-	// Bound to no device, it hears them all: packet(7).
-	c.fd, err = capture(unix.SOCK_DGRAM, 0)
-	return err
-}
-
-// read reads as Watch.read does.
-func (c *Capture) read() {
-	var b [snap]byte
-	for {
-		flags := 0
-		if c.end.Load() {
-			flags = unix.MSG_DONTWAIT
-		}
-		n, from, err := unix.Recvfrom(c.fd, b[:], flags)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.EAGAIN):
-			if c.end.Load() {
-				return
-			}
-		case err != nil:
-			c.t.Errorf("the capture: %v", err)
-			return
-		default:
-			if at, ok := from.(*unix.SockaddrLinklayer); ok && at.Pkttype == unix.PACKET_OUTGOING {
-				c.add(at, b[:n])
-			}
-		}
-	}
 }
 
 func (c *Capture) add(at *unix.SockaddrLinklayer, p []byte) {
@@ -177,38 +145,6 @@ func (c *Capture) Sent() []Packet {
 // Stop ends the capture and returns what was seen. It fails the test when a
 // packet may have been missed.
 func (c *Capture) Stop() []Packet {
-	c.once.Do(func() {
-		c.end.Store(true)
-		c.wg.Wait()
-		closeCapture(c.t, c.fd)
-	})
+	c.stop()
 	return c.Sent()
-}
-
-// capture makes a packet socket in this thread's namespace. ifindex 0 is every
-// device.
-func capture(kind, ifindex int) (fd int, err error) {
-	all := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ALL))
-	// Protocol 0 receives nothing until it is bound.
-	fd, err = unix.Socket(unix.AF_PACKET, kind|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, os.NewSyscallError("socket", err)
-	}
-	err = errors.Join(
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, backlog),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}),
-		unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: ifindex}),
-	)
-	if err != nil {
-		unix.Close(fd)
-	}
-	return fd, err
-}
-
-// closeCapture fails the test when a packet may have been missed.
-func closeCapture(t testing.TB, fd int) {
-	if s, err := unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err != nil || s.Drops > 0 {
-		t.Errorf("the capture missed packets: %+v, %v", s, err)
-	}
-	unix.Close(fd)
 }

@@ -2,12 +2,9 @@ package netpair
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"sync"
-	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -22,76 +19,32 @@ type Seen struct {
 
 // Watch is a capture of the link, both directions.
 type Watch struct {
-	t    testing.TB
-	fd   int
-	end  atomic.Bool
-	wg   sync.WaitGroup
-	once sync.Once
-	port uint16
+	tap
 	seen Seen // of the reading goroutine, until it has ended
 }
 
 // Watch begins to capture. port is where the cloud proxy listens, at Far.
 func (p *Pair) Watch(t testing.TB, port uint16) *Watch {
 	t.Helper()
-	w := &Watch{t: t, port: port, seen: Seen{Stray: map[string]int{}}}
-	if err := p.Near.Do(w.open); err != nil {
+	w := &Watch{tap: tap{t: t}, seen: Seen{Stray: map[string]int{}}}
+	err := p.Near.Do(func() error {
+		i, err := net.InterfaceByName(device)
+		if err != nil {
+			return err
+		}
+		return w.open(unix.SOCK_RAW, i.Index)
+	})
+	if err != nil {
 		t.Fatalf("the capture: %v", err)
 	}
-	w.wg.Go(w.read)
-	t.Cleanup(func() { w.Stop() })
+	w.begin(func(_ *unix.SockaddrLinklayer, frame []byte) { w.seen.add(frame, port) })
 	return w
-}
-
-const (
-	// backlog holds far more than any test sends, so that a busy machine loses
-	// nothing, in bytes.
-	backlog = 64 << 20
-	// snap is how much of a packet is looked at.
-	snap = 256
-)
-
-func (w *Watch) open() (err error) {
-	i, err := net.InterfaceByName(device)
-	if err == nil {
-		w.fd, err = capture(unix.SOCK_RAW, i.Index)
-	}
-	return err
-}
-
-// read reads until the end is wanted and nothing is left to read. From then on it
-// does not wait: what passes may never pause for as long as a read waits.
-func (w *Watch) read() {
-	var b [snap]byte
-	for {
-		flags := 0
-		if w.end.Load() {
-			flags = unix.MSG_DONTWAIT
-		}
-		n, _, err := unix.Recvfrom(w.fd, b[:], flags)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.EAGAIN):
-			if w.end.Load() {
-				return
-			}
-		case err != nil:
-			w.t.Errorf("the capture: %v", err)
-			return
-		default:
-			w.seen.add(b[:n], w.port)
-		}
-	}
 }
 
 // Stop ends the capture and returns what was seen. It fails the test when a
 // packet may have been missed.
 func (w *Watch) Stop() Seen {
-	w.once.Do(func() {
-		w.end.Store(true)
-		w.wg.Wait()
-		closeCapture(w.t, w.fd)
-	})
+	w.stop()
 	return w.seen
 }
 
