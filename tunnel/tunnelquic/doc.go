@@ -9,7 +9,8 @@
 // over when the candidate becomes a carrier; streams of the carrier follow.
 //
 // It promises that a peer that has not been answered holds at most 64 KiB of
-// stream data, that sending a datagram never waits, that an error of the
+// stream data, that a listener ends connections whose peers flood it with frames
+// that bring nothing, that sending a datagram never waits, that an error of the
 // socket which may pass does not end a connection, and that Close of a carrier
 // leaves no goroutine and no socket behind. It uses no 0-RTT and no session
 // tickets: every connection proves its keys anew.

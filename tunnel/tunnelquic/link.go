@@ -23,6 +23,7 @@ type link struct {
 	maxAge time.Duration
 	peer   ed25519.PublicKey
 	gone   chan struct{} // closed when the connection has ended and release has returned
+	idle   *idleMeter
 
 	mu  sync.Mutex
 	why error // given to close; nil: it was not us
@@ -31,7 +32,7 @@ type link struct {
 // newLink takes over conn. release is called once when the connection has
 // ended, for whatever reason.
 func newLink(conn *quic.Conn, sock *socket, server bool, maxAge time.Duration, release func(*link)) *link {
-	l := &link{conn: conn, sock: sock, server: server, maxAge: maxAge, gone: make(chan struct{})}
+	l := &link{conn: conn, sock: sock, server: server, maxAge: maxAge, gone: make(chan struct{}), idle: newIdleMeter(time.Now())}
 	if certs := conn.ConnectionState().TLS.PeerCertificates; len(certs) > 0 {
 		l.peer, _ = certs[0].PublicKey.(ed25519.PublicKey)
 	}

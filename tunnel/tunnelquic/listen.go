@@ -94,6 +94,7 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 	}
 	l.sock.bound()
 	l.accepting.Go(l.accept)
+	go l.watch()
 	return l, nil
 }
 
@@ -160,6 +161,28 @@ func (l *Listener) accept() {
 		case l.queue <- c:
 		default: // connections that have ended unseen are still in it
 			l.accepting.Go(func() { c.Close() })
+		}
+	}
+}
+
+// watch ends connections whose peers send what brings nothing, until the last
+// connection is gone.
+func (l *Listener) watch() {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-l.gone:
+			return
+		case now := <-tick.C:
+			l.mu.Lock()
+			for k := range l.live {
+				// Unlike bytes, quic-go counts packets when they are known to be the peer's.
+				if k.conn.Context().Err() == nil && k.idle.over(int64(k.conn.ConnectionStats().PacketsReceived), now) {
+					go k.close(codeFailed, errIdle)
+				}
+			}
+			l.mu.Unlock()
 		}
 	}
 }

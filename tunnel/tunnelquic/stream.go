@@ -31,6 +31,7 @@ func (s *stream) RemoteAddr() net.Addr { return s.link.conn.RemoteAddr() }
 
 func (s *stream) Read(p []byte) (int, error) {
 	n, err := s.qs.Read(p)
+	s.link.idle.read(n)
 	return n, s.says(err)
 }
 
@@ -41,6 +42,7 @@ func (s *stream) Write(p []byte) (int, error) {
 		return 0, net.ErrClosed
 	}
 	n, err := s.qs.Write(p)
+	s.link.idle.wrote(n)
 	return n, s.says(err)
 }
 

@@ -75,6 +75,7 @@ func (w *way) receive(recv func([]byte)) {
 	var ages age.Ages
 	for {
 		p, err := w.link.conn.ReceiveDatagram(context.Background())
+		w.link.idle.datagram()
 		switch {
 		case err != nil: // the connection has ended
 			return
@@ -102,6 +103,8 @@ func (w *way) send(writable func()) {
 				w.tooLarge.Add(1)
 			case err != nil:
 				w.failed.Add(1)
+			default:
+				w.link.idle.wrote(len(p))
 			}
 			w.free <- p
 			if w.want.CompareAndSwap(true, false) {
