@@ -15,6 +15,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -257,6 +258,161 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 			}
 		})
 	}
+}
+
+// So do uploads whose destination takes nothing, though that has no bound but the
+// session's memory at the cloud proxy.
+func TestUploadsThatNobodyTakesHoldUpThemselvesAlone(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds the programs and runs them between namespaces")
+	}
+	bin := buildBoth(t)
+	for _, tt := range []struct {
+		mode   string
+		memory int // MiB
+	}{{"udp", 64}, {"tcp", 16}} {
+		t.Run(fmt.Sprintf("%s, %d MiB", tt.mode, tt.memory), func(t *testing.T) {
+			o := newTenants(t, bin, tt.mode, func(dir string) {
+				rewrite(t, dir, nil, func(text string) string { return text + fmt.Sprintf("limits: {stream_memory: %d}\n", tt.memory) })
+			})
+			sink, open := o.sink()
+			span := func(d time.Duration) context.Context {
+				ctx, cancel := context.WithTimeout(t.Context(), d)
+				t.Cleanup(cancel)
+				return ctx
+			}
+			datagrams, streams := o.measure(span(1500 * time.Millisecond))
+			upload := func() time.Duration {
+				began := time.Now()
+				c, reply := o.ask(o.listen, 1, "127.0.0.1", o.tcp)
+				defer c.Close()
+				c.SetDeadline(began.Add(runPatience))
+				go c.Write(make([]byte, 8<<20))
+				if n, err := io.CopyN(io.Discard, c, 8<<20); reply[1] != 0 || err != nil {
+					t.Errorf("an upload and its echo: reply %d, %d bytes after %s, %v", reply[1], n, time.Since(began), err)
+				}
+				return time.Since(began)
+			}
+			alone := upload()
+			before := map[string]int{"the sidecar": resident(t, o.near.Process.Pid), "the cloud proxy": resident(t, o.clouds[0].Process.Pid)}
+
+			const slow = 40
+			var taken, cut atomic.Int64
+			var writing sync.WaitGroup
+			var stuck []net.Conn
+			for i := range slow {
+				c, reply := o.ask(o.listen, 1, "127.0.0.1", sink)
+				if reply[1] != 0 {
+					t.Fatalf("CONNECT: reply %d", reply[1])
+				}
+				c.SetDeadline(time.Time{})
+				stuck = append(stuck, c)
+				writing.Go(func() {
+					b := make([]byte, 64<<10)
+					for at := byte(0); ; at++ {
+						for j := range b {
+							b[j] = at ^ byte(i)
+						}
+						n, err := c.Write(b)
+						taken.Add(int64(n))
+						if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+							cut.Add(1)
+						}
+						if err != nil {
+							return
+						}
+					}
+				})
+			}
+			last, since := taken.Load(), time.Now()
+			filling := since
+			runEventually(t, "the uploads are held up", func() bool {
+				if now := taken.Load() + cut.Load(); now != last {
+					last, since = now, time.Now()
+				}
+				return time.Since(since) > 3*time.Second
+			})
+			t.Logf("held up after %s, %d MiB, %d of %d cut", time.Since(filling).Round(time.Millisecond), taken.Load()>>20, cut.Load(), slow)
+			if cut.Load() > 0 {
+				t.Errorf("%d of %d uploads were cut", cut.Load(), slow)
+			}
+			during, streamsDuring := o.measure(span(2 * time.Second))
+			undisturbed(t, "datagrams", datagrams, during)
+			undisturbed(t, "new streams", streams, streamsDuring)
+			beside := upload()
+			t.Logf("8 MiB there and back take %s, before %s", beside.Round(time.Millisecond), alone.Round(time.Millisecond))
+			if beside > 10*alone+2*time.Second {
+				t.Error("others' uploads are held up")
+			}
+			for what, pid := range map[string]int{"the sidecar": o.near.Process.Pid, "the cloud proxy": o.clouds[0].Process.Pid} {
+				more := resident(t, pid) - before[what]
+				t.Logf("%s: %d MiB more for %d uploads", what, more>>20, slow)
+				// Twice the session's share, as Go collects garbage, and the kernel's sockets
+				// and the connection are read by something.
+				if more > (2*tt.memory+64)<<20 {
+					t.Errorf("%s takes %d MiB more", what, more>>20)
+				}
+			}
+			// They go on where they were once somebody takes what they bring.
+			for _, c := range stuck {
+				c.SetWriteDeadline(time.Now())
+			}
+			writing.Wait()
+			for _, c := range stuck {
+				c.(*net.TCPConn).CloseWrite()
+			}
+			arrived, whole := open()
+			if whole != slow || arrived != taken.Load() {
+				t.Errorf("%d of %d uploads arrived, %d bytes of %d", whole, slow, arrived, taken.Load())
+			}
+			t.Logf("%d MiB arrived", arrived>>20)
+			for _, c := range stuck {
+				c.Close()
+			}
+		})
+	}
+}
+
+// sink takes connections at the far end and reads nothing of them until open. That
+// returns how many bytes arrived and how many of the connections ended in peace.
+func (o *tenants) sink() (port uint16, open func() (arrived int64, whole int)) {
+	o.t.Helper()
+	var l net.Listener
+	small := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 64<<10) })
+		return err
+	}}
+	if err := o.pair.Far.Do(func() (err error) { l, err = small.Listen(context.Background(), "tcp4", "127.0.0.1:0"); return err }); err != nil {
+		o.t.Fatal(err)
+	}
+	var all, whole atomic.Int64
+	var serving sync.WaitGroup
+	begin := make(chan struct{})
+	serving.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer c.Close()
+				<-begin
+				c.SetDeadline(time.Now().Add(runPatience))
+				n, err := io.Copy(io.Discard, c)
+				all.Add(n)
+				if err == nil {
+					whole.Add(1)
+				}
+			})
+		}
+	})
+	once := sync.OnceFunc(func() {
+		l.Close()
+		close(begin)
+		serving.Wait()
+	})
+	o.t.Cleanup(once)
+	return uint16(l.Addr().(*net.TCPAddr).Port), func() (int64, int) { once(); return all.Load(), int(whole.Load()) }
 }
 
 // endless is a source at the far end that never ends. sent is what it has.

@@ -30,6 +30,9 @@ const (
 	// read or acknowledged; twice as long each time that it did not help.
 	stuckAfter = 500 * time.Millisecond
 	stuckMost  = time.Minute
+	// untakenMost is how long nobody may take anything of what a Conn has kept,
+	// where others need the memory.
+	untakenMost = 2 * time.Second
 )
 
 // A Budget bounds the memory that the Conns of a process keep, beyond what
@@ -41,8 +44,9 @@ const (
 type Budget struct {
 	mu    sync.Mutex
 	limit int
-	used  int      // more than limit only by what Conns take for their floors: a grant or two each
-	ready []*Share // somebody waits there and has room there; in turn
+	used  int                   // more than limit only by what Conns take for their floors: a grant or two each
+	ready []*Share              // somebody waits there and has room there; in turn
+	keep  map[*account]struct{} // those that hold what has come, by a grant
 }
 
 // NewBudget makes a budget of so many bytes; 0: DefaultBudget.
@@ -50,7 +54,7 @@ func NewBudget(limit int) *Budget {
 	if limit <= 0 {
 		limit = DefaultBudget
 	}
-	return &Budget{limit: limit}
+	return &Budget{limit: limit, keep: map[*account]struct{}{}}
 }
 
 // A Share is what one session may take of a Budget.
@@ -60,7 +64,7 @@ type Share struct {
 
 	// of.mu guards these.
 	used   int
-	queue  list.List // of the *Conns that wait
+	queue  list.List // of the *accounts that wait
 	listed bool      // it is among of.ready
 }
 
@@ -80,32 +84,42 @@ func (b *Budget) Used() int {
 }
 
 // take takes a grant, if there is one left and nobody waits for it, or always.
-func (s *Share) take(always bool) bool {
+func (s *Share) take(a *account, always bool) bool {
 	s.of.mu.Lock()
 	defer s.of.mu.Unlock()
 	if !always && (s.queue.Len() > 0 || !s.roomLocked() || !s.of.roomLocked()) {
 		return false
 	}
-	s.used += grant
-	s.of.used += grant
+	s.usedLocked(a)
 	return true
 }
 
-// give gives back what was taken.
-func (s *Share) give(n int) {
+func (s *Share) usedLocked(a *account) {
+	s.used += grant
+	s.of.used += grant
+	if a.keeps {
+		s.of.keep[a] = struct{}{}
+	}
+}
+
+// give gives back what was taken; all: a has nothing more.
+func (s *Share) give(a *account, n int, all bool) {
 	s.of.mu.Lock()
 	defer s.of.mu.Unlock()
 	s.used -= n
 	s.of.used -= n
+	if all {
+		delete(s.of.keep, a)
+	}
 	s.listLocked()
 	s.of.dealLocked()
 }
 
-// wait has c.granted called, once, when there is a grant for it.
-func (s *Share) wait(c *Conn) *list.Element {
+// wait has a.granted called, once, when there is a grant for it.
+func (s *Share) wait(a *account) *list.Element {
 	s.of.mu.Lock()
 	defer s.of.mu.Unlock()
-	e := s.queue.PushBack(c)
+	e := s.queue.PushBack(a)
 	s.listLocked() // something may have been given back since it asked
 	s.of.dealLocked()
 	return e
@@ -139,50 +153,56 @@ func (b *Budget) dealLocked() {
 		if first == nil || !s.roomLocked() {
 			continue // listed again when it has room
 		}
-		s.used += grant
-		b.used += grant
-		go s.queue.Remove(first).(*Conn).granted() // it may hold its lock, and wait for ours
+		a := s.queue.Remove(first).(*account)
+		s.usedLocked(a)
+		go a.granted() // its Conn may hold its lock, and wait for ours
 		s.listLocked()
 	}
 }
 
-// An account is what a Conn keeps of one direction, in bytes of capacity.
-type account struct{ held, free int }
+// An account is what a Conn keeps of one direction, in bytes of capacity. The
+// Conn's mu guards it.
+type account struct {
+	of     *Conn
+	share  *Share // nil: nothing has to be paid for
+	keeps  bool   // what has come and nobody has taken; else what has been sent
+	held   int
+	free   int
+	paid   int           // taken from the share
+	queued *list.Element // in the share's queue; nil: it is not
+}
 
-func (a account) beyond(n int) int { return max(0, a.held+n-a.free) }
+// mustPay is what has to be paid for to hold n bytes more.
+func (a *account) mustPay(n int) int { return max(0, a.held+n-a.free) }
 
-// mustPayLocked is what has to be paid for to keep n bytes more of what is
-// sent, and m of what has come.
-func (c *Conn) mustPayLocked(n, m int) int { return c.sentMemory.beyond(n) + c.keptMemory.beyond(m) }
-
-// fitsLocked pays for n and m bytes more and reports whether it could: always,
-// where it must.
-func (c *Conn) fitsLocked(n, m int, always bool) bool {
-	if c.cfg.Share == nil {
+// fits pays for n bytes more and reports whether it could: always, where it must.
+func (a *account) fits(n int, always bool) bool {
+	if a.share == nil {
 		return true
 	}
-	for c.mustPayLocked(n, m) > c.paid {
-		if !c.cfg.Share.take(always) {
+	for a.mustPay(n) > a.paid {
+		if !a.share.take(a, always) {
 			return false
 		}
-		c.paid += grant
+		a.paid += grant
 	}
 	return true
 }
 
-// queueLocked waits for a grant.
-func (c *Conn) queueLocked() {
-	if c.queued == nil && !c.over {
-		c.queued = c.cfg.Share.wait(c)
+// queue waits for a grant.
+func (a *account) queue() {
+	if a.queued == nil && !a.of.over {
+		a.queued = a.share.wait(a)
 	}
 }
 
-// granted takes what has been dealt to c.
-func (c *Conn) granted() {
+// granted takes what has been dealt to a.
+func (a *account) granted() {
+	c := a.of
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.queued = nil
-	c.paid += grant
+	a.queued = nil
+	a.paid += grant
 	if c.over || c.waiting == 0 && !c.full {
 		c.thriftLocked() // it needs it no longer
 	}
@@ -197,14 +217,16 @@ func (c *Conn) granted() {
 
 // thriftLocked gives back what is paid for and not needed.
 func (c *Conn) thriftLocked() {
-	over := c.paid - c.mustPayLocked(0, 0)
-	if n := over - over%grant; n > 0 {
-		c.paid -= n
-		c.cfg.Share.give(n)
-	}
-	if c.queued != nil && c.over {
-		c.cfg.Share.leave(c.queued)
-		c.queued = nil
+	for _, a := range []*account{&c.sentMemory, &c.keptMemory} {
+		over := a.paid - a.mustPay(0)
+		if n := over - over%grant; n > 0 {
+			a.paid -= n
+			a.share.give(a, n, a.paid == 0)
+		}
+		if a.queued != nil && c.over {
+			a.share.leave(a.queued)
+			a.queued = nil
+		}
 	}
 }
 
@@ -237,4 +259,69 @@ func (c *Conn) watchFullLocked() {
 			c.lostLocked(c.generation, errStuck)
 		}
 	})
+}
+
+var errUntaken = tunnel.Errorf(tunnel.LimitExceeded, "nobody has taken what the stream brings for %v, and there is no memory left for more", untakenMost)
+
+// watchUntakenLocked looks whether c still is full after a while, and nobody has
+// taken anything of what was kept meanwhile. Then what comes on its carrier stream
+// holds up others, and somebody must go.
+func (c *Conn) watchUntakenLocked() {
+	if c.cfg.Kept == nil || c.untaken {
+		return
+	}
+	c.untaken = true
+	taken := c.taken
+	time.AfterFunc(untakenMost, func() {
+		c.mu.Lock()
+		c.untaken = false
+		stays := c.full && !c.closed && c.err == nil
+		if stays && c.taken != taken {
+			c.watchUntakenLocked()
+			stays = false
+		}
+		c.mu.Unlock()
+		if stays {
+			c.cfg.Kept.relieve(c)
+		}
+	})
+}
+
+// relieve ends a Conn of which nobody takes anything, so that there is memory
+// again: c itself where its session has used up its share, else one of the session
+// that has taken most.
+func (s *Share) relieve(c *Conn) {
+	s.of.mu.Lock()
+	all := map[*Share][]*Conn{}
+	most := s
+	if s.roomLocked() {
+		for a := range s.of.keep {
+			all[a.share] = append(all[a.share], a.of)
+			if a.share.used > most.used {
+				most = a.share
+			}
+		}
+	}
+	s.of.mu.Unlock()
+	worst, kept := c, 0
+	for _, other := range all[most] {
+		if n := other.untakenFor(untakenMost); most != s && n > kept {
+			worst, kept = other, n
+		}
+	}
+	worst.mu.Lock()
+	defer worst.mu.Unlock()
+	if worst.failLocked(errUntaken, true); worst.err == errUntaken {
+		worst.dropLocked(&worst.kept)
+	}
+}
+
+// untakenFor is how many bytes c keeps where nobody has taken any for so long.
+func (c *Conn) untakenFor(d time.Duration) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.kept) == 0 || time.Since(c.lastTaken) < d {
+		return 0
+	}
+	return int(c.got - c.taken)
 }

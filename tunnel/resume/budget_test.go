@@ -11,6 +11,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"culvert/tunnel"
 )
 
 // settled waits until all that was taken of a budget has been given back.
@@ -163,7 +165,7 @@ func TestSessionsThatWaitTakeTurns(t *testing.T) {
 		var holders [4]*Share
 		for i := range holders {
 			holders[i] = b.Share(0)
-			holders[i].take(false)
+			holders[i].take(new(account), false)
 		}
 		// Ten streams of one session wait before one of another.
 		many, one := b.Share(0), b.Share(0)
@@ -181,7 +183,7 @@ func TestSessionsThatWaitTakeTurns(t *testing.T) {
 		all = append(all, last)
 		written := last.end
 		for _, s := range holders[:2] {
-			s.give(grant)
+			s.give(new(account), grant, true)
 		}
 		synctest.Wait()
 		if last.mu.Lock(); last.end <= written {
@@ -189,7 +191,7 @@ func TestSessionsThatWaitTakeTurns(t *testing.T) {
 		}
 		last.mu.Unlock()
 		for _, s := range holders[2:] {
-			s.give(grant)
+			s.give(new(account), grant, true)
 		}
 		for _, c := range all {
 			c.Expire(net.ErrClosed)
@@ -273,6 +275,140 @@ func TestWhatNobodyReadsStaysWithinTheBudget(t *testing.T) {
 			t.Errorf("%d are taken when all is over", b.Used())
 		}
 	})
+}
+
+// What has come leaves the carrier stream though nobody reads it, and is there for
+// those who read later.
+func TestWhatNobodyReadsIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := NewBudget(0)
+		p := newPathWith(t, Config{}, Config{Kept: b.Share(0)})
+		want := noise(1, Window+1)
+		var work sync.WaitGroup
+		work.Go(func() { p.near.Write(want); p.near.CloseWrite() })
+		time.Sleep(time.Minute)
+		if p.far.mu.Lock(); p.far.got != Window || b.Used() < Window-grant {
+			t.Errorf("%d bytes have left the carrier stream, %d are paid for", p.far.got, b.Used())
+		}
+		p.far.mu.Unlock()
+		if got, err := io.ReadAll(p.far); !bytes.Equal(got, want) || err != nil {
+			t.Errorf("%d bytes came, or others, %v", len(got), err)
+		}
+		work.Wait()
+		p.near.Close()
+		p.far.Close()
+		<-p.near.Done()
+		<-p.far.Done()
+		if b.Used() != 0 {
+			t.Errorf("%d are taken when all is over", b.Used())
+		}
+	})
+}
+
+// Where a session has no memory left for what nobody takes, those streams end of
+// which nothing is taken, and those that are read go on, however slowly.
+func TestStreamsThatNobodyTakesAreCutWhereNothingIsLeft(t *testing.T) {
+	const streams = 20
+	synctest.Test(t, func(t *testing.T) {
+		b := NewBudget(0)
+		kept := b.Share(2 * Window)
+		var all []*path
+		var work sync.WaitGroup
+		for i := range streams {
+			p := newPathWith(t, Config{}, Config{Kept: kept})
+			all = append(all, p)
+			work.Go(func() { p.near.Write(noise(byte(i), 2*Window)); p.near.CloseWrite() })
+		}
+		slow := all[streams-1]
+		var got bytes.Buffer
+		work.Go(func() {
+			for p := make([]byte, 64<<10); ; time.Sleep(time.Second) {
+				n, err := slow.far.Read(p)
+				got.Write(p[:n])
+				if err != nil {
+					return
+				}
+			}
+		})
+		time.Sleep(10 * time.Second)
+		cut := 0
+		for _, p := range all {
+			p.far.mu.Lock()
+			if p.far.err == errUntaken {
+				cut++
+			}
+			p.far.mu.Unlock()
+		}
+		if cut < streams-4 || cut == streams {
+			t.Errorf("%d of %d streams were cut; there is memory for two or three", cut, streams)
+		}
+		if b.Used() > 2*Window+streams*2*grant {
+			t.Errorf("%d are taken", b.Used())
+		}
+		for _, p := range all {
+			if p != slow {
+				p.far.Close()
+				p.near.Close()
+			}
+		}
+		work.Wait()
+		if !bytes.Equal(got.Bytes(), noise(streams-1, 2*Window)) {
+			t.Errorf("of the one that is read slowly %d bytes came, or others", got.Len())
+		}
+		slow.near.Close()
+		slow.far.Close()
+		<-slow.far.Done()
+		if b.Used() != 0 {
+			t.Errorf("%d are taken when all is over", b.Used())
+		}
+	})
+}
+
+// Where other sessions hold everything, a stream of the one that holds most ends,
+// also where all that it brings has come.
+func TestTheSessionThatHoldsMostGivesWay(t *testing.T) {
+	for _, ended := range []bool{false, true} {
+		t.Run(fmt.Sprint("ended: ", ended), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := NewBudget(3 * Window)
+				greedy, modest := b.Share(0), b.Share(0)
+				begin := func(s *Share, i byte, n int) *path {
+					p := newPathWith(t, Config{}, Config{Kept: s})
+					go func() {
+						p.near.Write(noise(i, n))
+						if ended {
+							p.near.CloseWrite()
+						}
+					}()
+					time.Sleep(5 * time.Second)
+					return p
+				}
+				var all []*path
+				for i := range byte(3) {
+					all = append(all, begin(greedy, i, Window))
+				}
+				one := begin(modest, 3, Window)
+				var cut *path
+				for _, p := range all {
+					if p.far.mu.Lock(); p.far.err != nil {
+						cut = p
+					}
+					p.far.mu.Unlock()
+				}
+				if cut == nil {
+					t.Fatal("no stream of the greedy session was cut")
+				}
+				if n, err := cut.far.Read(make([]byte, 10)); n != 0 || !errors.Is(err, tunnel.LimitExceeded) {
+					t.Errorf("what was cut still gives %d bytes, %v", n, err)
+				}
+				one.far.mu.Lock()
+				if one.far.err != nil || one.far.got != Window {
+					t.Errorf("of the other session's stream %d bytes came, then %v", one.far.got, one.far.err)
+				}
+				one.far.mu.Unlock()
+			})
+		})
+	}
 }
 
 // With nothing left streams go on at their floor, both ways at once, and end in every way.

@@ -1,6 +1,9 @@
 package resume
 
-import "sync"
+import (
+	"sync"
+	"time"
+)
 
 // A chunk is a piece of what has been written, with room for the head of the
 // frame that it travels in, so that it leaves in one Write. It is filled, sent,
@@ -76,15 +79,15 @@ func (c *Conn) tailLocked(n int) *chunk {
 		}
 	}
 	class := classFor(n)
-	if c.mustPayLocked(class.size, 0) > c.paid {
+	if c.sentMemory.mustPay(class.size) > c.sentMemory.paid {
 		c.squeezeLocked()
 	}
-	if !c.fitsLocked(class.size, 0, false) {
+	if !c.sentMemory.fits(class.size, false) {
 		if n = min(n, floor-int(c.end-c.base)); n <= 0 {
 			return nil
 		}
 		class = classFor(n)
-		c.fitsLocked(class.size, 0, true)
+		c.sentMemory.fits(class.size, true)
 	}
 	k := c.freshLocked(&c.sentMemory, class, c.end)
 	c.chunks = append(c.chunks, k)
@@ -143,11 +146,14 @@ func (c *Conn) mayKeepLocked() bool {
 	if c.closed || c.err != nil || int(c.got-c.taken) < keptFloor {
 		return true
 	}
-	return c.fitsLocked(0, keptClass.size, false)
+	return c.keptMemory.fits(keptClass.size, false)
 }
 
 // keepLocked keeps what has come for Reads to come.
 func (c *Conn) keepLocked(p []byte) {
+	if len(c.kept) == 0 {
+		c.lastTaken = time.Now()
+	}
 	for len(p) > 0 {
 		last := len(c.kept) - 1
 		if last < 0 || len(c.kept[last].buf) == cap(c.kept[last].buf) {
@@ -155,7 +161,7 @@ func (c *Conn) keepLocked(p []byte) {
 			if class.size > keptClass.size {
 				class = keptClass
 			}
-			c.fitsLocked(0, class.size, true)
+			c.keptMemory.fits(class.size, true)
 			c.kept = append(c.kept, c.freshLocked(&c.keptMemory, class, 0))
 			last++
 		}
@@ -167,6 +173,7 @@ func (c *Conn) keepLocked(p []byte) {
 func (c *Conn) readKeptLocked(p []byte) int {
 	k := c.kept[0]
 	n := copy(p, k.buf[headBytes+c.keptAt:])
+	c.lastTaken = time.Now()
 	if c.keptAt += n; headBytes+c.keptAt == len(k.buf) {
 		read := c.kept[:1]
 		c.kept, c.keptAt = c.kept[1:], 0

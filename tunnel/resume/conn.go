@@ -1,7 +1,6 @@
 package resume
 
 import (
-	"container/list"
 	"io"
 	"net"
 	"os"
@@ -38,6 +37,11 @@ type Config struct {
 	// Share is what the memory beyond Free is taken from; nil: it is not bounded
 	// but by Window, for each Conn.
 	Share *Share
+	// Kept is, where it is not nil, what memory for data that has come is taken from
+	// instead. Then what nobody reads is kept there and does not wait on the carrier,
+	// where it could hold up other streams. Where no memory is left, Conns are
+	// aborted with LimitExceeded of which nobody takes anything for two seconds.
+	Kept *Share
 	// Detached is called on a goroutine of its own when the carrier stream has
 	// failed and another is needed. May be nil.
 	Detached func(error)
@@ -90,11 +94,10 @@ type Conn struct {
 	pumping bool
 	waiting int // Writes that wait for room
 
-	sentMemory account       // of chunks
-	keptMemory account       // of kept
-	paid       int           // taken from the share for both
-	queued     *list.Element // in the share's queue; nil: it is not
-	full       bool          // nothing was left for pull to keep
+	sentMemory account // of chunks
+	keptMemory account // of kept
+	full       bool    // nothing was left for pull to keep
+	untaken    bool    // a timer runs that looks whether it stays so
 
 	// While full, and a Write waits.
 	watched  bool          // a timer runs that looks whether it is stuck
@@ -102,14 +105,15 @@ type Conn struct {
 	stuckAt  uint64        // base when it last was
 
 	// Receiving.
-	kept   []*chunk // read by pull for Reads to come
-	keptAt int      // bytes of the first that have been read
-	got    uint64   // received, kept included
-	taken  uint64   // by the application
-	acked  uint64   // what the peer has been told
-	ended  bool     // the peer's end has come
-	pieces int      // reads that were not empty since the last acknowledgement
-	ackDue bool
+	kept      []*chunk  // read by pull for Reads to come
+	keptAt    int       // bytes of the first that have been read
+	got       uint64    // received, kept included
+	taken     uint64    // by the application
+	lastTaken time.Time // or when the first that is kept came
+	acked     uint64    // what the peer has been told
+	ended     bool      // the peer's end has come
+	pieces    int       // reads that were not empty since the last acknowledgement
+	ackDue    bool
 
 	closed    bool // by Close: nothing is read any more
 	stopSaid  bool // on this carrier stream
@@ -127,7 +131,11 @@ func New(cfg Config) *Conn {
 		cfg.Limit = DefaultLimit
 	}
 	c := &Conn{cfg: cfg, done: make(chan struct{}), stuckFor: stuckAfter}
-	c.sentMemory.free, c.keptMemory.free = freeSent, freeKept
+	c.sentMemory = account{of: c, share: cfg.Share, free: freeSent}
+	c.keptMemory = account{of: c, share: cfg.Share, free: freeKept}
+	if cfg.Kept != nil {
+		c.keptMemory.share, c.keptMemory.keeps = cfg.Kept, true
+	}
 	c.cond.L = &c.mu
 	c.readBy.cond, c.writeBy.cond = &c.cond, &c.cond
 	c.expiry = time.AfterFunc(cfg.Limit, c.expire)
@@ -328,7 +336,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 			n := c.readKeptLocked(p)
 			c.takenLocked(n)
 			return n, nil
-		case c.ended:
+		case c.ended && c.err != errUntaken: // of that which is gone
 			return 0, io.EOF
 		case c.err != nil:
 			return 0, c.err
@@ -493,7 +501,7 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		}
 		k := c.tailLocked(min(room, len(p)))
 		if k == nil {
-			c.queueLocked()
+			c.sentMemory.queue()
 			c.waitLocked()
 			continue
 		}
@@ -517,9 +525,10 @@ func (c *Conn) waitLocked() {
 }
 
 // owedLocked reports whether the peer has something to say that must be heard
-// although nobody reads: acknowledgements, or that the carrier stream is lost.
+// although nobody reads: acknowledgements, that the carrier stream is lost, or data
+// that is to be kept here.
 func (c *Conn) owedLocked() bool {
-	return c.waiting > 0 || c.closed || c.resetting || c.broken != nil || c.base < c.end || c.endSaid && c.base == c.end
+	return c.cfg.Kept != nil && !c.ended || c.waiting > 0 || c.closed || c.resetting || c.broken != nil || c.base < c.end || c.endSaid && c.base == c.end
 }
 
 // readOnLocked sees to it that somebody reads.
@@ -559,8 +568,9 @@ func (c *Conn) pull() {
 			break // it reads itself
 		}
 		if c.full = !c.mayKeepLocked(); c.full {
-			c.queueLocked() // or until a Read makes room
+			c.keptMemory.queue() // or until a Read makes room
 			c.watchFullLocked()
+			c.watchUntakenLocked()
 			break
 		}
 		c.under.SetReadDeadline(time.Time{})

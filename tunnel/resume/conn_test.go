@@ -39,6 +39,10 @@ func newPath(t *testing.T) *path { return newPathOf(t, nil, nil) }
 
 // newPathOf is newPath for Conns with shares.
 func newPathOf(t *testing.T, near, far *Share) *path {
+	return newPathWith(t, Config{Share: near}, Config{Share: far})
+}
+
+func newPathWith(t *testing.T, near, far Config) *path {
 	p := &path{t: t}
 	client, server := tunneltest.Pair(t, tunneltest.Config{}, nil)
 	var err error
@@ -48,14 +52,14 @@ func newPathOf(t *testing.T, near, far *Share) *path {
 	if p.sc, err = server.Carrier(); err != nil {
 		t.Fatal(err)
 	}
-	p.near = New(Config{Share: near, Detached: func(error) {
+	near.Detached = func(error) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if !p.ended {
 			p.wg.Go(p.join)
 		}
-	}})
-	p.far = New(Config{Share: far})
+	}
+	p.near, p.far = New(near), New(far)
 	t.Cleanup(func() {
 		p.mu.Lock()
 		p.ended = true

@@ -92,7 +92,8 @@ type Far struct {
 	asks   *rate.Limiter // streams of carriers, whatever they are for
 	aborts *rate.Limiter // those of them that have not said what they are for
 	pacer  *bulk.Pacer
-	share  *resume.Share
+	share  *resume.Share // of what streams have sent, and kept of what has come
+	kept   *resume.Share
 
 	control  *control
 	ending   atomic.Pointer[tunnel.Error] // why the sidecar has been told to go; nil: it has not
@@ -130,7 +131,7 @@ func NewFar(cfg FarConfig) *Far {
 	if cfg.Memory == nil {
 		cfg.Memory = resume.NewBudget(cfg.Limits.StreamMemory)
 	}
-	f.share = cfg.Memory.Share(cfg.Limits.StreamMemory)
+	f.share, f.kept = cfg.Memory.Share(cfg.Limits.StreamMemory), cfg.Memory.Share(cfg.Limits.StreamMemory)
 	if f.cfg.Hold <= 0 {
 		f.cfg.Hold = DefaultHold
 	}
@@ -151,7 +152,8 @@ func NewFar(cfg FarConfig) *Far {
 
 // Limits returns the limits in force, for Welcome.
 func (f *Far) Limits() wire.Limits {
-	return wire.Limits{Associations: f.cfg.Limits.Associations, Streams: f.cfg.Limits.Streams}
+	// Half of what there is: 64 KiB of each stream come on top.
+	return wire.Limits{Associations: f.cfg.Limits.Associations, Streams: f.cfg.Limits.Streams, Memory: f.cfg.Limits.StreamMemory / 2}
 }
 
 // Serve serves the session over a carrier, beside others, until the carrier or

@@ -43,7 +43,7 @@ type nearLine struct {
 func (a *Attached) newLine(number uint64) *nearLine {
 	line := &nearLine{number: number}
 	line.Conn = resume.New(resume.Config{
-		Share:    a.near.share,
+		Share:    a.share,
 		Detached: func(error) { a.seek(line) },
 		Over: func() {
 			a.mu.Lock()
@@ -170,7 +170,7 @@ func (f *Far) addLine(number uint64, serve func(line *resume.Conn)) (*resume.Con
 	case f.lines[number] != nil:
 		return nil, tunnel.Errorf(tunnel.Internal, "stream %d is open already", number)
 	}
-	line := resume.New(resume.Config{Share: f.share, Limit: f.cfg.Hold, Over: func() {
+	line := resume.New(resume.Config{Share: f.share, Kept: f.kept, Limit: f.cfg.Hold, Over: func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		delete(f.lines, number)

@@ -25,9 +25,9 @@ type Near struct {
 	drops media.Drops
 
 	pacer  *bulk.Pacer
-	share  *resume.Share // of the streams of all sessions
-	live   atomic.Bool   // a channel is live
-	wanted chan struct{} // capacity 1: Busy may have become true
+	memory *resume.Budget // of the streams of all sessions
+	live   atomic.Bool    // a channel is live
+	wanted chan struct{}  // capacity 1: Busy may have become true
 
 	streamNumber atomic.Uint64
 	streams      atomic.Int64
@@ -58,7 +58,7 @@ func (c *counter) add(n int) {
 // NewNear makes a near end. age bounds how long a datagram may wait for a
 // blocked way; 0 means media.MaxAge.
 func NewNear(age time.Duration) *Near {
-	return &Near{age: age, pacer: bulk.New(), share: resume.NewBudget(nearMemory).Share(nearMemory), wanted: make(chan struct{}, 1), course: &course{origin: time.Now()}, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
+	return &Near{age: age, pacer: bulk.New(), memory: resume.NewBudget(nearMemory), wanted: make(chan struct{}, 1), course: &course{origin: time.Now()}, lost: map[string]uint64{}, assocs: map[uint32]*nearPackets{}}
 }
 
 // SetLive says whether a channel is live: bulk then gives way to it at both ends.
@@ -106,6 +106,7 @@ type Attached struct {
 	near    *Near
 	control *control
 	plane   *plane
+	share   *resume.Share // of the session's streams
 	welcome wire.Welcome
 	line    *nearLine     // under the control stream
 	news    chan struct{} // capacity 1: something about a way is new
@@ -147,9 +148,19 @@ func (n *Near) Prepare(welcome wire.Welcome) *Attached {
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.Background())
 	a.plane.live, a.plane.proved, a.plane.course = n.live.Load, a.tellNews, n.course
+	a.share = n.memory.Share(a.underWay())
 	a.line = a.newLine(controlNumber)
 	n.attached.Add(1)
 	return a
+}
+
+// underWay is how many bytes the session's streams keep for the next connection.
+// As many may be under way, and the cloud proxy has to keep what nobody takes there.
+func (a *Attached) underWay() int {
+	if m := a.welcome.Limits.Memory; m > 0 {
+		return min(m, nearMemory)
+	}
+	return nearMemory
 }
 
 // Adopt makes the session the one that traffic goes into. Associations of an

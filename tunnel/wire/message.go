@@ -22,7 +22,7 @@ const MaxMessage = 16 << 10
 type Version struct{ Major, Minor int }
 
 // Current is what this code speaks.
-var Current = Version{1, 0}
+var Current = Version{1, 1}
 
 // String returns "major.minor".
 func (v Version) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
@@ -122,6 +122,10 @@ const (
 type Limits struct {
 	Associations int `json:"associations"`
 	Streams      int `json:"streams"`
+	// Memory is how many bytes of all its streams the sidecar may have under way:
+	// sent and not taken yet by their destinations, beside 64 KiB of each. 0: it is
+	// not said. Since 1.1.
+	Memory int `json:"memory,omitempty"`
 }
 
 // Redirect answers Open: ask one of these instead.
