@@ -4,7 +4,6 @@ package tunnelquic
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"io"
 	"net"
@@ -22,29 +21,6 @@ func sealed(id [8]byte, size int) []byte {
 	p[0] = 0x40
 	copy(p[1:], id[:])
 	return p
-}
-
-// listenAt is listen on an address; the test is skipped where the host lacks it.
-func listenAt(t testing.TB, network, address string, c Config) *Listener {
-	t.Helper()
-	conn, err := net.ListenUDP(network, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(address)))
-	if err != nil {
-		t.Skip(err)
-	}
-	c.MaxAge = cmp.Or(c.MaxAge, standing)
-	l, err := Listen(conn, c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { kill(l) })
-	return l
-}
-
-// kill ends a listener as if its process had been killed: nobody says goodbye.
-func kill(l *Listener) {
-	l.transport.Close()
-	l.sock.Close()
-	l.Close() // ends what is left in this process
 }
 
 // came takes one value, of what must come though the machine is slow.

@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"math/big"
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -74,11 +75,11 @@ func udp(t testing.TB) *net.UDPConn {
 	return conn
 }
 
-// listen starts a listener that is shut down when the test is over.
 // standing is how old a datagram may be in tests: longer than a machine stands
 // still.
 const standing = 20 * time.Second
 
+// listen starts a listener that is shut down when the test is over.
 func listen(t testing.TB, c Config) *Listener {
 	t.Helper()
 	c.MaxAge = cmp.Or(c.MaxAge, standing)
@@ -92,6 +93,29 @@ func listen(t testing.TB, c Config) *Listener {
 		l.Shutdown(now)
 	})
 	return l
+}
+
+// listenAt is listen on an address; the test is skipped where the host lacks it.
+func listenAt(t testing.TB, network, address string, c Config) *Listener {
+	t.Helper()
+	conn, err := net.ListenUDP(network, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(address)))
+	if err != nil {
+		t.Skip(err)
+	}
+	c.MaxAge = cmp.Or(c.MaxAge, standing)
+	l, err := Listen(conn, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { kill(l) })
+	return l
+}
+
+// kill ends a listener as if its process had been killed: nobody says goodbye.
+func kill(l *Listener) {
+	l.transport.Close()
+	l.sock.Close()
+	l.Close() // ends what is left in this process
 }
 
 func dialer(t testing.TB, c *tls.Config) *Dialer {
