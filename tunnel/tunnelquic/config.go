@@ -142,6 +142,7 @@ func (c Config) quic(server bool) *quic.Config {
 		EnableDatagrams:                true,
 	}
 	if server {
+		q.HandshakeIdleTimeout = handshakeTimeout / 2 // quic-go ends a handshake after twice as long, whatever comes
 		q.InitialStreamReceiveWindow = serverStreamWindow
 		q.InitialConnectionReceiveWindow, q.MaxConnectionReceiveWindow = serverConnWindow, maxConnWindow
 	}

@@ -515,3 +515,48 @@ func TestTheWrappedSocketKeepsOffload(t *testing.T) {
 		t.Errorf("GSO is %v; quic-go's own is %v", got, want)
 	}
 }
+
+// deaf hears nothing: quic-go repeats what it has said, again and again.
+type deaf struct {
+	net.PacketConn
+	heard chan struct{} // closed with the first packet
+	once  sync.Once
+}
+
+func (d *deaf) ReadFrom(p []byte) (int, net.Addr, error) {
+	for {
+		if _, _, err := d.PacketConn.ReadFrom(p); err != nil {
+			return 0, nil, err
+		}
+		d.once.Do(func() { close(d.heard) })
+	}
+}
+
+func TestAHandshakeThatGoesOnAndOnEnds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("five seconds")
+	}
+	s, c, _ := configs(t)
+	l := listen(t, Config{TLS: s})
+	d := &deaf{PacketConn: udp(t), heard: make(chan struct{})}
+	transport := &quic.Transport{Conn: d}
+	defer d.PacketConn.Close()
+	defer transport.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	dialled := make(chan struct{})
+	go func() {
+		defer close(dialled)
+		transport.Dial(ctx, l.Addr(), c, &quic.Config{HandshakeIdleTimeout: 2 * testPatience})
+	}()
+	<-d.heard
+	began := time.Now()
+	for l.Stats().Handshakes > 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	// quic-go's own limit would be twice as much, and packets come for longer than that.
+	if took := time.Since(began); took > 2*handshakeTimeout-time.Second {
+		t.Errorf("the handshake lasted %v", took)
+	}
+	cancel()
+	<-dialled
+}
