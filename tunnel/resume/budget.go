@@ -289,24 +289,12 @@ func (c *Conn) watchUntakenLocked() {
 
 // relieve ends a Conn of which nobody takes anything, so that there is memory
 // again: c itself where its session has used up its share, else one of the session
-// that has taken most.
+// that keeps most.
 func (s *Share) relieve(c *Conn) {
-	s.of.mu.Lock()
-	all := map[*Share][]*Conn{}
-	most := s
-	if s.roomLocked() {
-		for a := range s.of.keep {
-			all[a.share] = append(all[a.share], a.of)
-			if a.share.used > most.used {
-				most = a.share
-			}
-		}
-	}
-	s.of.mu.Unlock()
-	worst, kept := c, 0
-	for _, other := range all[most] {
-		if n := other.untakenFor(untakenMost); most != s && n > kept {
-			worst, kept = other, n
+	worst, most := c, 0
+	for _, other := range s.rivals() {
+		if n := other.untakenFor(untakenMost); n > most {
+			worst, most = other, n
 		}
 	}
 	worst.mu.Lock()
@@ -314,6 +302,26 @@ func (s *Share) relieve(c *Conn) {
 	if worst.failLocked(errUntaken, true); worst.err == errUntaken {
 		worst.dropLocked(&worst.kept)
 	}
+}
+
+// rivals returns, where memory is short for all, what keeps something in the session
+// that keeps most, if that is another.
+func (s *Share) rivals() (others []*Conn) {
+	s.of.mu.Lock()
+	defer s.of.mu.Unlock()
+	if !s.roomLocked() {
+		return nil
+	}
+	most := s
+	for a := range s.of.keep {
+		if a.share.used > most.used {
+			most, others = a.share, nil
+		}
+		if a.share == most && most != s {
+			others = append(others, a.of)
+		}
+	}
+	return others
 }
 
 // untakenFor is how many bytes c keeps where nobody has taken any for so long.
