@@ -309,7 +309,7 @@ func (s *Share) relieve(c *Conn) {
 func (s *Share) rivals() (others []*Conn) {
 	s.of.mu.Lock()
 	defer s.of.mu.Unlock()
-	if !s.roomLocked() {
+	if !s.roomLocked() || s.of.roomLocked() {
 		return nil
 	}
 	most := s
