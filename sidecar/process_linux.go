@@ -113,6 +113,7 @@ func programOf(pid int) string {
 // diagSocket is what sock_diag says of one socket.
 type diagSocket struct {
 	port  uint16 // its own
+	peer  uint16 // that of its peer; 0: it has none
 	uid   uint32
 	inode uint32 // 0 once no descriptor refers to it
 }
@@ -120,7 +121,13 @@ type diagSocket struct {
 // diagTCP finds the socket of a TCP connection by its own address and its
 // peer's; ENOENT if there is none.
 func diagTCP(own, peer netip.AddrPort) (diagSocket, error) {
-	return diag(unix.IPPROTO_TCP, own, peer)
+	s, err := diag(unix.IPPROTO_TCP, own, peer)
+	// Where no connection fits, the kernel finds who listens on the port, on all
+	// addresses too: then that of another machine would be this user's.
+	if err == nil && s.peer != peer.Port() {
+		return s, syscall.ENOENT
+	}
+	return s, err
 }
 
 // diagUDP finds the socket that would receive what peer sends to own.
@@ -170,6 +177,7 @@ func diag(protocol uint8, source, destination netip.AddrPort) (diagSocket, error
 	b := answers[0]
 	return diagSocket{
 		port:  binary.BigEndian.Uint16(b[4:]),
+		peer:  binary.BigEndian.Uint16(b[6:]),
 		uid:   binary.NativeEndian.Uint32(b[64:]),
 		inode: binary.NativeEndian.Uint32(b[68:]),
 	}, nil

@@ -60,6 +60,28 @@ func TestProcessOfNoSocket(t *testing.T) {
 	}
 }
 
+// Who listens on a port is not who connects from that port of another machine, or
+// has done so.
+func TestAListenerIsNotTheClientOfItsPort(t *testing.T) {
+	front := frontListen(t)
+	defer front.Close()
+	server := tunnel.AddrPortOf(front.Addr())
+	for _, at := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0"} {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := tunnel.AddrPortOf(l.Addr()).Port()
+		for _, from := range []string{"127.0.0.1", "127.0.0.2", "192.0.2.1"} {
+			client := netip.AddrPortFrom(netip.MustParseAddr(from), port)
+			if p, err := ProcessOfTCP(client, server); tunnel.CodeOf(err) != tunnel.Internal {
+				t.Errorf("%s, while another socket listens on %s: %+v, %v", client, l.Addr(), p, err)
+			}
+		}
+		l.Close()
+	}
+}
+
 func TestASocketIsKnownUntilItIsClosed(t *testing.T) {
 	to := netip.MustParseAddrPort("127.0.0.1:9")
 	for name, c := range map[string]struct {
