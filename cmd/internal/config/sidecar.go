@@ -267,10 +267,14 @@ func (l *Log) check() error {
 
 // Token returns the token, from its file where it has one.
 func (i *Identity) TokenNow() (string, error) {
-	if i.TokenFile != "" {
-		return secret(i.TokenFile)
+	if i.TokenFile == "" {
+		return i.Token, nil
 	}
-	return i.Token, nil
+	t, err := secret(i.TokenFile)
+	if err != nil {
+		return "", field("identity.token_file", err)
+	}
+	return t, nil
 }
 
 // Password returns the front's password; empty without authentication.
