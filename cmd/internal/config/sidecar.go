@@ -309,7 +309,7 @@ func CheckAddress(a string) error {
 	if err != nil {
 		return err
 	}
-	for _, r := range t.Host {
+	for _, r := range t.Host + t.Addr.Zone() {
 		if r != '-' && r != '_' && r != '.' && !('0' <= r && r <= '9') && !('a' <= r && r <= 'z') && !('A' <= r && r <= 'Z') {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "%.60q is not a host name (%q does not belong in one); write international names as xn--…", t.Host, r)
 		}
