@@ -120,6 +120,15 @@ func ReadSidecar(file string) (*Sidecar, error) {
 // File is where the configuration was read; "": nowhere.
 func (c *Sidecar) File() string { return c.file }
 
+// Located gives an error about what a key of the file names, such as a user or a
+// file, the file's name and the line.
+func (c *Sidecar) Located(err error) error {
+	if c.file == "" || tunnel.CodeOf(err) != tunnel.ConfigInvalid || lineIn(c.file, err) == 0 {
+		return err
+	}
+	return checked(c.file, func() error { return err })
+}
+
 // Check fills in defaults and says what is missing or can not be.
 func (c *Sidecar) Check() error {
 	if c.Front.Listen == "" {

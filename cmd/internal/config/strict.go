@@ -115,14 +115,22 @@ func checked(file string, check func() error) error {
 	if err == nil {
 		return nil
 	}
-	var doc yaml.Node
-	if data, rerr := readAll(file, maxFile); rerr == nil && yaml.Unmarshal(data, &doc) == nil && len(doc.Content) > 0 {
-		key, _, _ := strings.Cut(tunnel.Sentence(err), " ")
-		if line := lineOf(doc.Content[0], strings.Split(strings.TrimSuffix(key, ":"), ".")); line > 0 {
-			err = &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err}
-		}
+	if line := lineIn(file, err); line > 0 {
+		err = &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err}
 	}
 	return inFile(file, err)
+}
+
+// lineIn is the line of the key that an error begins with; 0: it does not begin
+// with one of the file's.
+func lineIn(file string, err error) int {
+	var doc yaml.Node
+	data, rerr := readAll(file, maxFile)
+	if rerr != nil || yaml.Unmarshal(data, &doc) != nil || len(doc.Content) == 0 {
+		return 0
+	}
+	key, _, _ := strings.Cut(tunnel.Sentence(err), " ")
+	return lineOf(doc.Content[0], strings.Split(strings.TrimSuffix(key, ":"), "."))
 }
 
 // lineOf returns the line of the deepest part of a key's path that is there.
