@@ -8,6 +8,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -144,7 +145,7 @@ func otherLocalUserIsDropped(t *testing.T, users []uint32) {
 	f := frontStart(t, next, func(c *FrontConfig) { c.Users = users })
 	_, relay := frontAssociate(t, f, frontUnnamed)
 
-	defer asOtherUser(t, relay, netip.AddrPort{})()
+	asOtherUser(t, relay, netip.AddrPort{})
 	frontEventually(t, "the drop is counted", func() bool { return f.Stats().Dropped["wrong_user"] == 1 })
 
 	echo := frontUDPEcho(t)
@@ -157,7 +158,7 @@ func otherLocalUserIsDropped(t *testing.T, users []uint32) {
 }
 
 // asOtherUser has another user send a datagram to a relay, from a port of its own
-// where from is none. It holds the port until stop is called.
+// where from is none. It holds the port until stop is called or the test ends.
 func asOtherUser(t *testing.T, relay, from netip.AddrPort) (stop func()) {
 	t.Helper()
 	self, err := os.Executable()
@@ -184,11 +185,13 @@ func asOtherUser(t *testing.T, relay, from netip.AddrPort) (stop func()) {
 		os.Remove(binary)
 		t.Skip("this root can not become another user: ", err)
 	}
-	return func() {
+	stop = sync.OnceFunc(func() {
 		stay.Close()
 		cmd.Wait()
 		os.Remove(binary)
-	}
+	})
+	t.Cleanup(stop)
+	return stop
 }
 
 // An app may give up its UDP port and keep its connection. Who binds the port
