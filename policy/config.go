@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 
@@ -205,8 +207,9 @@ func checkName(s string) error {
 	if s == "" || len(s) > 64 {
 		return fmt.Errorf("a rule's name has 1 to 64 bytes, %s has %d", quote(s), len(s))
 	}
-	if strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f || r == 0xfffd }) {
-		return fmt.Errorf("a rule's name is one line of text, %s is not", quote(s))
+	// Neither what a terminal obeys nor what turns the order of the letters round.
+	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) || r == utf8.RuneError }) {
+		return fmt.Errorf("a rule's name is one line of text that can be seen, %s is not", quote(s))
 	}
 	return nil
 }

@@ -25,9 +25,18 @@ func (f Firewall) numeric(format string) error {
 	return nil
 }
 
-// text describes an opening in one line of printable ASCII.
+// text describes an opening in one line of printable ASCII, which is short:
+// iptables-restore takes no more than 10,240 bytes for a line.
 func (o Opening) text() string {
-	return nftLine(fmt.Sprintf("%s to %s, ports %s: %s %s", protocols(o.Proto), strings.Join(o.To, " "), or(o.Ports, "all"), o.Purpose, or(o.From, "")))
+	const most = 1000 // bytes of addresses, and of ports
+	to, ports := strings.Join(o.To, " "), or(o.Ports, "all")
+	if len(to) > most {
+		to = o.To[0] + " and others"
+	}
+	if len(ports) > most {
+		ports = "of a long list"
+	}
+	return nftLine(fmt.Sprintf("%s to %s, ports %s: %s %s", protocols(o.Proto), to, ports, o.Purpose, o.From))
 }
 
 // protos are the protocols of an opening, one by one.

@@ -145,16 +145,24 @@ func (f Firewall) csv(w io.Writer) error {
 	cw.Write([]string{"side", "protocol", "to", "ports", "purpose", "from"})
 	for _, o := range f.With {
 		for _, to := range o.To {
-			cw.Write([]string{"with_culvert", protocols(o.Proto), to, or(o.Ports, "all"), o.Purpose, o.From})
+			cw.Write([]string{"with_culvert", protocols(o.Proto), to, or(o.Ports, "all"), csvText(o.Purpose), csvText(o.From)})
 		}
 	}
 	for _, o := range f.Replaces {
 		for _, to := range o.To {
-			cw.Write([]string{"replaces", protocols(o.Proto), to, or(o.Ports, "all"), o.Purpose, o.From})
+			cw.Write([]string{"replaces", protocols(o.Proto), to, or(o.Ports, "all"), csvText(o.Purpose), csvText(o.From)})
 		}
 	}
 	cw.Flush()
 	return cw.Error() // of any of the writes
+}
+
+// csvText keeps a spreadsheet from taking a text for a formula.
+func csvText(s string) string {
+	if s != "" && strings.ContainsRune("=+-@", rune(s[0])) {
+		return "'" + s
+	}
+	return s
 }
 
 func (f Firewall) nftables(w io.Writer) error {
@@ -217,7 +225,7 @@ func (o Opening) nftables(b *strings.Builder) error {
 	}
 	for _, name := range o.names {
 		fmt.Fprintf(b, "\t\t# %s to %s, ports %s: a packet filter does not know names (%s)\n",
-			protocols(o.Proto), name, or(o.Ports, "all"), o.From)
+			protocols(o.Proto), name, or(o.Ports, "all"), nftLine(o.From))
 	}
 	return nil
 }

@@ -104,6 +104,67 @@ func TestFirewallRefusesWhatItCanNotWrite(t *testing.T) {
 	}
 }
 
+// What a file or a rule is called begins no line and no command in any format, is
+// no formula in a spreadsheet, and no text is longer than the tools read.
+func TestHostileNamesStayWhatTheyAre(t *testing.T) {
+	for _, name := range []string{`a\nb`, `a\rb`, `\e[2J`, `\x9b2J`, `\u202egnp`, `\u2028`, `\ufeff`, `\u0085`} {
+		if _, err := policy.Parse([]byte(`rules: [{allow: udp, to: 8.8.8.8, name: "`+name+`"}]`), ""); tunnel.CodeOf(err) != tunnel.PolicyInvalid {
+			t.Errorf("the name %s: %v", name, err)
+		}
+	}
+	var many strings.Builder
+	for i := range 2000 {
+		many.WriteString(", " + netip.AddrFrom4([4]byte{8, 8, byte(i >> 7), byte(i << 1)}).String())
+	}
+	const file = "x\n}\ninclude \"evil\"\n'; evil; '\x1b[2J\n-evil\nEOF\nevil"
+	p, err := policy.Parse([]byte(`
+rules:
+- {allow: udp, to: [evil.example, 9.9.9.9], name: "'; $(evil) \u2019; evil; \u2018 |evil # EOF"}
+- {allow: tcp, to: [9.9.9.9`+many.String()+`], name: "=evil()"}
+- {allow: any, to: [names.example], name: "@evil"}
+`), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, format := range policy.FirewallFormats() {
+		var b bytes.Buffer
+		if err := p.Firewall(policy.CloudProxy{Target: target(t, "192.0.2.1:443")}).Write(&b, format); err != nil {
+			t.Fatal(err)
+		}
+		text := b.String()
+		if strings.ContainsAny(text, "\x1b\r") {
+			t.Errorf("%s: a control character", format)
+		}
+		for line := range strings.Lines(text) {
+			begin := strings.TrimLeft(line, " \t'")
+			for _, bad := range []string{"evil;", "include", "}\n#", "-evil", "EOF\nevil"} {
+				if strings.HasPrefix(begin, bad) {
+					t.Errorf("%s: a line %.80q", format, line)
+				}
+			}
+			if format == "powershell" && line[0] != '#' && strings.Count(line, "'")%2 != 0 {
+				t.Errorf("a quote is open: %s", line)
+			}
+			if format == "iptables" && len(line) > 4000 {
+				t.Errorf("%s: a line of %d bytes", format, len(line))
+			}
+		}
+		if format == "csv" {
+			all, err := csv.NewReader(strings.NewReader(text)).ReadAll()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, row := range all {
+				for _, cell := range row[4:] {
+					if cell != "" && strings.ContainsAny(cell[:1], "=+-@") {
+						t.Errorf("a cell %q", cell)
+					}
+				}
+			}
+		}
+	}
+}
+
 // Some releases of nft refuse a set whose intervals overlap.
 func TestNFTablesSetsDoNotOverlap(t *testing.T) {
 	text := firewall(t, "nftables")

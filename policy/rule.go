@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"culvert/tunnel"
 )
 
 // A Proto is a set of protocols.
@@ -260,7 +262,7 @@ func (r *Rule) Origin() string {
 	case r.File == "":
 		return "line " + strconv.Itoa(r.Line)
 	}
-	return r.File + " line " + strconv.Itoa(r.Line)
+	return tunnel.LogText(r.File, 200) + " line " + strconv.Itoa(r.Line) // a file may be called anything
 }
 
 // String returns the rule as "allow udp to 192.0.2.1 ports 3478-3500 (profile x)".

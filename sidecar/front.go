@@ -71,7 +71,9 @@ type Front struct {
 	log       *slog.Logger
 	listenUDP func(netip.Addr) (*net.UDPConn, error)
 
-	greeting, request, linger time.Duration
+	greeting, request, linger, ownerPause time.Duration
+
+	made time.Time // zero of the clock that associations go by
 
 	connections  atomic.Uint64
 	streams      atomic.Uint64
@@ -129,17 +131,19 @@ func NewFront(c FrontConfig) (*Front, error) {
 			"the front would listen on %s for anyone who can reach it; use a loopback address or set a user and password", addr)
 	}
 	f := &Front{
-		listener:  c.Listener,
-		next:      c.Next,
-		auth:      c.Auth,
-		users:     slices.Clone(c.Users),
-		maxConns:  c.MaxConns,
-		log:       c.Log,
-		listenUDP: c.ListenUDP,
-		greeting:  frontGreeting,
-		request:   frontRequest,
-		linger:    frontLinger,
-		conns:     make(map[*frontConn]struct{}),
+		listener:   c.Listener,
+		next:       c.Next,
+		auth:       c.Auth,
+		users:      slices.Clone(c.Users),
+		maxConns:   c.MaxConns,
+		log:        c.Log,
+		listenUDP:  c.ListenUDP,
+		greeting:   frontGreeting,
+		request:    frontRequest,
+		linger:     frontLinger,
+		made:       time.Now(),
+		ownerPause: ownerPause,
+		conns:      make(map[*frontConn]struct{}),
 	}
 	f.poller.MaxAge = c.MaxAge
 	if f.maxConns == 0 {

@@ -25,6 +25,10 @@ const (
 	controlBytes = 64 << 10
 	// strangerPause bounds how often the owner of a refused sender is looked up.
 	strangerPause = time.Second
+	// ownerPause is how often the owner of the sender is looked up again, while
+	// datagrams pass: its port may be another user's by now. A lookup takes some
+	// 10 µs.
+	ownerPause = 2 * time.Second
 )
 
 // The header of a SOCKS datagram, RFC 1928 section 7:
@@ -120,7 +124,7 @@ var dropNames = [dropKinds]string{
 	"policy_denied",     // the destination is not allowed
 	"refused",           // the path refused it for another reason
 	"app_socket_full",   // no room to hand it to the app
-	"app_socket_failed", // the app's socket could not be written to
+	"app_socket_failed", // the app's socket could not be written to, or is gone
 }
 
 // DropReasons returns the words under which a front counts dropped datagrams.
@@ -158,10 +162,12 @@ type association struct {
 	port   uint16         // the client's port where it named one
 	out    tunnel.Packets
 
-	sender atomic.Pointer[netip.AddrPort] // the client's socket, once it has sent
+	sender  atomic.Pointer[netip.AddrPort] // the client's socket, once it has sent
+	owner   socketOwner
+	ownedAt atomic.Int64 // when its owner was looked up, since the front was made
+	lost    atomic.Bool  // it is not that user's any more
 
 	// What belongs to the reader of the socket.
-	owner     socketOwner
 	stranger  netip.AddrPort // the last sender refused for its owner
 	refusedAt time.Time
 	lastHost  string // the last name, and what it stands for
@@ -351,11 +357,15 @@ func (a *association) fromApp(p []byte, from netip.AddrPort) {
 // it named if it did, and, where the system can tell, the same local user.
 func (a *association) isSender(from netip.AddrPort) bool {
 	if locked := a.sender.Load(); locked != nil {
-		if *locked == from {
-			return true
+		switch {
+		case *locked != from:
+			a.front.drops.count[dropWrongSource].Add(1)
+			return false
+		case !a.stillOwned(from):
+			a.front.drops.count[dropWrongUser].Add(1)
+			return false
 		}
-		a.front.drops.count[dropWrongSource].Add(1)
-		return false
+		return true
 	}
 	unmapped := netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 	switch {
@@ -368,9 +378,21 @@ func (a *association) isSender(from netip.AddrPort) bool {
 		a.front.drops.count[dropWrongUser].Add(1)
 		return false
 	}
+	a.ownedAt.Store(int64(time.Since(a.front.made)))
 	locked := from // not from itself, which would then be allocated for every datagram
 	a.sender.Store(&locked)
 	return true
+}
+
+// stillOwned reports whether the socket that the association is locked to is its
+// user's, by the last lookup: a port that an app gives up while it keeps its
+// connection can be taken by anybody.
+func (a *association) stillOwned(sender netip.AddrPort) bool {
+	now, at := int64(time.Since(a.front.made)), a.ownedAt.Load()
+	if now-at >= int64(a.front.ownerPause) && a.ownedAt.CompareAndSwap(at, now) {
+		a.lost.Store(!a.owner.owns(netip.AddrPortFrom(sender.Addr().Unmap(), sender.Port()), a.relay))
+	}
+	return !a.lost.Load()
 }
 
 // target turns a name into a target, without allocating for the name that the
@@ -395,6 +417,10 @@ func (a *association) Deliver(p []byte, from netip.AddrPort) {
 	sender := a.sender.Load()
 	if sender == nil {
 		drops.count[dropNoSender].Add(1)
+		return
+	}
+	if !a.stillOwned(*sender) {
+		drops.count[dropSocketError].Add(1)
 		return
 	}
 	b := udpBuffers.Get().(*udpBuffer)

@@ -530,12 +530,20 @@ func FuzzSOCKSUDPHeader(f *testing.F) {
 // another local user's program: it sends what it is told to and ends.
 const frontUserHelper = "CULVERT_TEST_SEND_UDP_TO"
 
+// frontUserPort is the address that it sends from; empty: any.
+const frontUserPort = "CULVERT_TEST_SEND_UDP_FROM"
+
 func TestMainOfOtherUser(t *testing.T) {
 	to := os.Getenv(frontUserHelper)
 	if to == "" {
-		t.Skip("only run by TestOtherLocalUserIsDropped")
+		t.Skip("only run by asOtherUser")
 	}
-	c, err := net.Dial("udp", to)
+	from, _ := net.ResolveUDPAddr("udp", os.Getenv(frontUserPort))
+	relay, err := netip.ParseAddrPort(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.DialUDP("udp", from, net.UDPAddrFromAddrPort(relay))
 	if err != nil {
 		t.Fatal(err)
 	}

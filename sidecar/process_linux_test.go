@@ -8,8 +8,10 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -57,6 +59,28 @@ func TestProcessOfNoSocket(t *testing.T) {
 	}
 	if _, err := ProcessOf(nobody, nobody, "sctp"); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
 		t.Errorf("sctp: %v", err)
+	}
+}
+
+// Who listens on a port is not who connects from that port of another machine, or
+// has done so.
+func TestAListenerIsNotTheClientOfItsPort(t *testing.T) {
+	front := frontListen(t)
+	defer front.Close()
+	server := tunnel.AddrPortOf(front.Addr())
+	for _, at := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0"} {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := tunnel.AddrPortOf(l.Addr()).Port()
+		for _, from := range []string{"127.0.0.1", "127.0.0.2", "192.0.2.1"} {
+			client := netip.AddrPortFrom(netip.MustParseAddr(from), port)
+			if p, err := ProcessOfTCP(client, server); tunnel.CodeOf(err) != tunnel.Internal {
+				t.Errorf("%s, while another socket listens on %s: %+v, %v", client, l.Addr(), p, err)
+			}
+		}
+		l.Close()
 	}
 }
 
@@ -121,29 +145,7 @@ func otherLocalUserIsDropped(t *testing.T, users []uint32) {
 	f := frontStart(t, next, func(c *FrontConfig) { c.Users = users })
 	_, relay := frontAssociate(t, f, frontUnnamed)
 
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A copy, because another user may not reach the original.
-	binary := filepath.Join("/tmp", "culvert-other-user-"+strconv.Itoa(os.Getpid()))
-	if err := exec.Command("cp", self, binary).Run(); err != nil {
-		t.Fatal(err)
-	}
-	defer os.Remove(binary)
-	cmd := exec.Command(binary, "-test.run=TestMainOfOtherUser")
-	cmd.Env = append(os.Environ(), frontUserHelper+"="+relay.String())
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	stay, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Skip("this root can not become another user: ", err)
-	}
-	defer cmd.Wait()
-	defer stay.Close()
+	asOtherUser(t, relay, netip.AddrPort{})
 	frontEventually(t, "the drop is counted", func() bool { return f.Stats().Dropped["wrong_user"] == 1 })
 
 	echo := frontUDPEcho(t)
@@ -153,4 +155,77 @@ func otherLocalUserIsDropped(t *testing.T, users []uint32) {
 	if n := next.relay().sent.Load(); n != 1 {
 		t.Errorf("%d datagrams were passed on", n)
 	}
+}
+
+// asOtherUser has another user send a datagram to a relay, from a port of its own
+// where from is none. It holds the port until stop is called or the test ends.
+func asOtherUser(t *testing.T, relay, from netip.AddrPort) (stop func()) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A copy, because another user may not reach the original.
+	binary := filepath.Join("/tmp", "culvert-other-user-"+strconv.Itoa(os.Getpid()))
+	if err := exec.Command("cp", self, binary).Run(); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary, "-test.run=TestMainOfOtherUser")
+	cmd.Env = append(os.Environ(), frontUserHelper+"="+relay.String())
+	if from.IsValid() {
+		cmd.Env = append(cmd.Env, frontUserPort+"="+from.String())
+	}
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	stay, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		os.Remove(binary)
+		t.Skip("this root can not become another user: ", err)
+	}
+	stop = sync.OnceFunc(func() {
+		stay.Close()
+		cmd.Wait()
+		os.Remove(binary)
+	})
+	t.Cleanup(stop)
+	return stop
+}
+
+// An app may give up its UDP port and keep its connection. Who binds the port
+// then neither sends as that app nor gets what comes for it.
+func TestAnotherUserWhoTakesTheSendersPortIsDropped(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can become another user")
+	}
+	next := &frontDirect{}
+	f := frontStartWith(t, next, nil, func(f *Front) { f.ownerPause = 0 }) // each time
+	_, relay := frontAssociate(t, f, frontUnnamed)
+	echo := frontUDPEcho(t)
+	app := frontApp(t, relay)
+	app.Write(frontDatagram(tunnel.TargetOf(echo), "mine"))
+	frontExpect(t, app, echo, "mine")
+	from := app.LocalAddr().(*net.UDPAddr)
+	app.Close()
+	remote := netip.MustParseAddrPort("192.0.2.1:3478")
+	next.relay().r.Deliver([]byte("for mine"), remote)
+
+	stop := asOtherUser(t, relay, from.AddrPort())
+	frontEventually(t, "the drop is counted", func() bool { return f.Stats().Dropped["wrong_user"] == 1 })
+	next.relay().r.Deliver([]byte("for mine"), remote)
+	stop()
+	if s := f.Stats(); next.relay().sent.Load() != 1 || s.Down != 1 || s.Dropped["app_socket_failed"] != 2 {
+		t.Errorf("%d datagrams were passed on; counters %+v", next.relay().sent.Load(), s)
+	}
+
+	again, err := net.DialUDP("udp", from, net.UDPAddrFromAddrPort(relay))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	again.SetDeadline(time.Now().Add(frontPatience))
+	again.Write(frontDatagram(tunnel.TargetOf(echo), "mine again"))
+	frontExpect(t, again, echo, "mine again")
 }

@@ -135,7 +135,7 @@ func controlDone(c *cli.Context, d control.Done, err error) error {
 	if d.Already {
 		already = "already "
 	}
-	_, err = fmt.Fprintf(c.App.Writer, "Culvert is %s%s.\n", already, d.State)
+	_, err = fmt.Fprintln(c.App.Writer, controlText("Culvert is %s%s.", already, d.State))
 	return err
 }
 
@@ -173,10 +173,10 @@ func controlEvents(c *cli.Context, cl *control.Client) error {
 			why = ": " + why
 		}
 		if e.Change != nil {
-			_, err := fmt.Fprintf(c.App.Writer, "%s  %s\n", e.Change.At.Local().Format("15:04:05.000"), e.Change)
+			_, err := fmt.Fprintln(c.App.Writer, controlText("%s  %s", e.Change.At.Local().Format("15:04:05.000"), e.Change))
 			return err
 		}
-		_, err := fmt.Fprintf(c.App.Writer, "%s  %s %s%s\n", e.At.Local().Format("15:04:05.000"), what, change, why)
+		_, err := fmt.Fprintln(c.App.Writer, controlText("%s  %s %s%s", e.At.Local().Format("15:04:05.000"), what, change, why))
 		return err
 	})
 	if errors.Is(err, context.Canceled) {
@@ -263,16 +263,22 @@ func controlPrintChannels(w io.Writer, list []control.Channel) error {
 		if ch.User != "" {
 			who += ", user " + ch.User
 		}
-		if _, err := fmt.Fprintf(w, "channel %s (%s): %s; since %s\n", ch.Name, ch.State, who, ch.Since.Local().Format("15:04:05")); err != nil {
+		if _, err := fmt.Fprintln(w, controlText("channel %s (%s): %s; since %s", ch.Name, ch.State, who, ch.Since.Local().Format("15:04:05"))); err != nil {
 			return err
 		}
 		for _, e := range ch.Evidence {
-			if _, err := fmt.Fprintf(w, "    %s\n", e); err != nil {
+			if _, err := fmt.Fprintln(w, controlText("    %s", e)); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// controlText is one line for a terminal: what apps, the cloud proxy or whoever
+// answers on the socket call themselves does nothing there.
+func controlText(format string, args ...any) string {
+	return tunnel.LogText(fmt.Sprintf(format, args...), 4096)
 }
 
 // controlCounts names the reasons that are not zero, in order.
@@ -292,7 +298,9 @@ const statusChanges = 6
 // controlPrintStatus prints one screen.
 func controlPrintStatus(out io.Writer, st control.Status, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	row := func(name, format string, args ...any) { fmt.Fprintf(w, name+"\t"+format+"\n", args...) }
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%s\t%s\n", name, controlText(format, args...))
+	}
 	row("switch", "%s since %s (%s), mode %s", st.State, st.Since.Local().Format(time.DateTime), now.Sub(st.Since).Round(time.Second), st.Mode)
 	if st.Draining {
 		row("", "a stop waits for channels to end; new requests are refused")

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/urfave/cli/v2"
 
@@ -62,25 +63,32 @@ func runControls(t *testing.T, path string, args ...string) (stdout, stderr stri
 	return out.String(), bad.String(), err
 }
 
-func TestControlCommands(t *testing.T) {
+// controlsServe runs a control socket until the test ends, and returns its path.
+func controlsServe(t *testing.T, b control.Backend) string {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "c.sock")
 	l, err := control.Listen(path, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := control.NewServer(control.Config{Backend: controlsFake{already: true}})
+	s, err := control.NewServer(control.Config{Backend: b})
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() { done <- s.Serve(ctx, l) }()
-	defer func() {
+	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-	}()
+	})
+	return path
+}
+
+func TestControlCommands(t *testing.T) {
+	path := controlsServe(t, controlsFake{already: true})
 	for _, c := range []struct {
 		args        string
 		code        int
@@ -116,6 +124,46 @@ func TestControlCommands(t *testing.T) {
 		out, bad, err := runControls(t, path, strings.Fields(c.args)...)
 		if exitCode(err) != c.code || !strings.Contains(out, c.out) || !strings.Contains(bad, c.stderr) {
 			t.Errorf("culvert %s: exit %d (%v), want %d\n%s%s", c.args, exitCode(err), err, c.code, out, bad)
+		}
+	}
+}
+
+// controlsHostile is what calls itself something that a terminal would obey, or that looks
+// like lines of ours.
+type controlsHostile struct{ controlsFake }
+
+const hostileText = "x\x1b[2J\u009b2J\r\nchannels  none\u202e\tzz"
+
+func (controlsHostile) Status() control.Status {
+	return control.Status{
+		State: hostileText, Cause: hostileText, Code: hostileText, Listen: hostileText, Version: hostileText, Channels: controlsHostile{}.Channels(),
+		Link:    tunnel.LinkState{Phase: tunnel.LinkUp, Why: hostileText, Info: tunnel.ProxyInfo{Proxies: []tunnel.ProxyAddr{{Address: hostileText, Region: hostileText}}}},
+		Changes: []tunnel.Change{{From: hostileText, Why: hostileText}},
+		Losers:  []control.Loser{{User: hostileText}},
+	}
+}
+func (controlsHostile) Start(context.Context, tunnel.Mode) (bool, error) { return true, nil }
+func (controlsHostile) Channels() []control.Channel {
+	return []control.Channel{{Name: hostileText, App: hostileText, User: hostileText, State: hostileText, Evidence: []string{hostileText}}}
+}
+func (controlsHostile) Events(context.Context) <-chan control.Event {
+	c := make(chan control.Event, 1)
+	c <- control.Event{Kind: hostileText, Name: hostileText, From: hostileText, To: hostileText, Cause: hostileText, Code: hostileText}
+	close(c)
+	return c
+}
+
+func TestATerminalObeysNobodyElse(t *testing.T) {
+	path := controlsServe(t, controlsHostile{})
+	for _, args := range [][]string{{"status"}, {"events"}, {"start"}, {"channel", "list"}} {
+		out, bad, err := runControls(t, path, args...)
+		if err != nil || !strings.Contains(out, "zz") {
+			t.Errorf("%q: %v\n%s", args, err, out)
+		}
+		for line := range strings.Lines(out + bad) {
+			if line = strings.TrimSuffix(line, "\n"); strings.ContainsFunc(line, func(r rune) bool { return !unicode.IsPrint(r) }) || strings.HasPrefix(line, "channels  none") {
+				t.Errorf("%q prints the line %q", args, line)
+			}
 		}
 	}
 }

@@ -17,6 +17,8 @@ import (
 	"github.com/urfave/cli/v2"
 	"go.yaml.in/yaml/v3"
 
+	"culvert/cmd/internal/assemble"
+	"culvert/cmd/internal/config"
 	"culvert/policy"
 	"culvert/tunnel"
 )
@@ -80,6 +82,10 @@ func policyShow(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+	}
+	if f.policy == policy.Elsewhere() && !c.Bool("json") {
+		_, err := fmt.Fprintln(c.App.Writer, "This file has no policy: the sidecar lets everything pass, and the cloud proxy decides.")
+		return err
 	}
 	rules := f.policy.Rules()
 	if c.Bool("json") {
@@ -314,14 +320,14 @@ func policyNamed(name string) (*policy.Policy, error) {
 	if err != nil {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the policy can not be read: %w", err)
 	}
-	config, _, err := readPolicyFile(data, "")
+	f, err := readPolicyFile(data, "")
 	if err != nil {
 		return nil, policy.InFile(name, err)
 	}
-	for i := range config.Rules {
-		config.Rules[i].File = name
+	for i := range f.config.Rules {
+		f.config.Rules[i].File = name
 	}
-	p, err := policy.New(config)
+	p, err := f.make()
 	if err != nil {
 		return nil, policy.InFile(name, err)
 	}
@@ -375,31 +381,40 @@ func policyFirewall(c *cli.Context) error {
 
 // policyFile is what this command knows of a configuration.
 type policyFile struct {
-	policy *policy.Policy
-	cloud  []string // cloud_proxy.address
-	given  bool     // a file or a profile was named
+	policy  *policy.Policy
+	config  policy.Config
+	cloud   []string // cloud_proxy.address
+	sidecar bool     // it is a sidecar's
+	given   bool     // a file or a profile was named
+}
+
+// make makes the policy, as the end would whose configuration it is.
+func (f *policyFile) make() (*policy.Policy, error) {
+	if f.sidecar {
+		return assemble.OwnPolicy(f.config)
+	}
+	return policy.New(f.config)
 }
 
 func policyFromFlags(c *cli.Context) (policyFile, error) {
 	var f policyFile
-	var config policy.Config
 	file := c.String("config")
 	if file != "" {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			return f, tunnel.Errorf(tunnel.ConfigInvalid, "the configuration can not be read: %w", err)
 		}
-		if config, f.cloud, err = readPolicyFile(data, c.String("app")); err != nil {
+		if f, err = readPolicyFile(data, c.String("app")); err != nil {
 			return f, policy.InFile(file, err)
 		}
-		for i := range config.Rules {
-			config.Rules[i].File = file
+		for i := range f.config.Rules {
+			f.config.Rules[i].File = file
 		}
 	}
-	config.Profiles = append(config.Profiles, c.StringSlice("profile")...)
-	f.given = file != "" || len(config.Profiles) > 0
+	f.config.Profiles = append(f.config.Profiles, c.StringSlice("profile")...)
+	f.given = file != "" || len(f.config.Profiles) > 0
 	var err error
-	f.policy, err = policy.New(config)
+	f.policy, err = f.make()
 	return f, err
 }
 
@@ -412,41 +427,40 @@ type policyApp struct {
 // readPolicyFile reads a culvert.yaml or cloudproxy.yaml, of which it looks at
 // some sections only, or a file that holds nothing but a policy. With an App ID
 // the policy is that App's.
-func readPolicyFile(data []byte, app string) (policy.Config, []string, error) {
+func readPolicyFile(data []byte, app string) (f policyFile, err error) {
 	var sections struct {
 		Apps       []policyApp `yaml:"apps"`
 		CloudProxy yaml.Node   `yaml:"cloud_proxy"`
 		Policy     yaml.Node   `yaml:"policy"`
 	}
-	var config policy.Config
 	var root yaml.Node
 	if err := yaml.Unmarshal(data, &root); err != nil {
-		return config, nil, err
+		return f, err
 	}
 	if err := root.Decode(&sections); err != nil && app != "" {
-		return config, nil, err
+		return f, err
 	} else if app == "" && (err != nil || sections.CloudProxy.IsZero() && sections.Policy.IsZero()) {
-		return config, nil, yaml.Unmarshal(data, &config)
+		return f, yaml.Unmarshal(data, &f.config)
 	}
 	for _, a := range sections.Apps {
 		if a.ID == app && a.Policy != nil {
-			return *a.Policy, nil, nil
+			f.config = *a.Policy
+			return f, nil
 		}
 	}
 	if app != "" && len(sections.Apps) > 0 && !slices.ContainsFunc(sections.Apps, func(a policyApp) bool { return a.ID == app }) {
-		return config, nil, tunnel.Errorf(tunnel.ConfigInvalid, "the App ID %.80q is not among apps, so it is not served; name one that is", app)
+		return f, tunnel.Errorf(tunnel.ConfigInvalid, "the App ID %.80q is not among apps, so it is not served; name one that is", app)
 	}
-	var cloud []string
 	if !sections.CloudProxy.IsZero() {
-		var err error
-		if cloud, err = cloudAddresses(&sections.CloudProxy); err != nil {
-			return config, nil, err
+		f.sidecar = true
+		if f.cloud, err = cloudAddresses(&sections.CloudProxy); err != nil {
+			return f, err
 		}
 	}
 	if sections.Policy.IsZero() {
-		return config, cloud, nil
+		return f, nil
 	}
-	return config, cloud, sections.Policy.Decode(&config)
+	return f, sections.Policy.Decode(&f.config)
 }
 
 // cloudAddresses reads cloud_proxy.address: one, or a list.
@@ -469,15 +483,17 @@ func cloudAddresses(n *yaml.Node) ([]string, error) {
 	return list, nil
 }
 
-// policyCloud reads HOST[:PORT]; the port is 443 unless given.
+// policyCloud reads HOST[:PORT] or wss://HOST[:PORT]/PATH; the port is 443 unless
+// given.
 func policyCloud(s string) (tunnel.Target, error) {
-	if a, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil {
-		return tunnel.Target{Addr: a, Port: 443}, nil
+	if !strings.Contains(s, "://") {
+		s = config.WithPort(s)
 	}
-	if !strings.Contains(s, ":") {
-		s += ":443"
+	to, _, err := tunnel.ParseAddress(s)
+	if err == nil {
+		err = config.CheckAddress(to.String())
 	}
-	return tunnel.ParseTarget(s)
+	return to, err
 }
 
 func policyNoArguments(c *cli.Context) error {

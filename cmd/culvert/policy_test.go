@@ -73,6 +73,23 @@ func TestPolicyTestSaysWhichRuleDecides(t *testing.T) {
 	}
 }
 
+// A sidecar without a policy refuses nothing, and the command says so.
+func TestPolicyOfASidecarWithoutOneIsTheCloudProxys(t *testing.T) {
+	for _, section := range []string{"", "policy:\n", "policy: {special: 10.0.0.0/8}\n"} {
+		file := policyTestFile(t, "cloud_proxy: {address: cloud.example.net}\nidentity: {app: clinic, token: x}\n"+section)
+		out, err := runPolicy(t, "test", "-c", file, "udp", "8.8.8.8:53")
+		if err != nil || !strings.HasPrefix(out, "undecided: ") || !strings.Contains(out, "the cloud proxy decides") {
+			t.Errorf("%q: %v: %s", section, err, out)
+		}
+		if out, err := runPolicy(t, "show", "-c", file); err != nil || strings.Contains(out, "deny") {
+			t.Errorf("%q: %v: %s", section, err, out)
+		}
+		if _, err := runPolicy(t, "test", "-c", file, "--profile", "agora-mainland-test", "udp", "8.8.8.8:53"); tunnel.CodeOf(err) != tunnel.PolicyDenied {
+			t.Errorf("%q with a profile: %v", section, err)
+		}
+	}
+}
+
 func TestPolicyTestPrintsOneJSONObject(t *testing.T) {
 	out, err := runPolicy(t, "test", "-c", policyTestFile(t, policyTestConfig), "--json", "tcp", "a.example.com:443")
 	var got struct {
@@ -125,6 +142,7 @@ func TestPolicyFilesWithMistakesNameTheLine(t *testing.T) {
 func TestPolicyFirewallKnowsTheCloudProxy(t *testing.T) {
 	file := policyTestFile(t, policyTestConfig)
 	list := policyTestFile(t, "cloud_proxy: {address: [198.51.100.9:443, '[2001:db8::9]:8443']}\npolicy: {profiles: [public]}")
+	sockets := policyTestFile(t, "cloud_proxy: {address: ['wss://w.example.com/culvert', 'wss://198.51.100.9:8443/x']}\npolicy: {profiles: [public]}")
 	for _, c := range []struct {
 		args []string
 		want []string
@@ -135,6 +153,10 @@ func TestPolicyFirewallKnowsTheCloudProxy(t *testing.T) {
 		{[]string{"-c", file, "--cloud", "192.0.2.1", "--format", "nftables"}, []string{"ip daddr { 192.0.2.1 } meta l4proto { tcp, udp } th dport { 443 }"}, ""},
 		{[]string{"--profile", "public", "--cloud", "2001:db8::1", "--json"}, []string{`"2001:db8::1"`}, ""},
 		{[]string{"--profile", "public", "--cloud", "cloud.example.com", "--cloud", "b.example.com:8443"}, []string{"cloud.example.com   443", "b.example.com       8443"}, ""},
+		{[]string{"-c", sockets, "--format", "csv"}, []string{"with_culvert,tcp+udp,w.example.com,443,", "with_culvert,tcp+udp,198.51.100.9,8443,"}, ""},
+		{[]string{"--profile", "public", "--cloud", "a\nb"}, nil, tunnel.ConfigInvalid},
+		{[]string{"--profile", "public", "--cloud", "fe80::1%a\nb"}, nil, tunnel.ConfigInvalid},
+		{[]string{"--profile", "public", "--cloud", "a';b"}, nil, tunnel.ConfigInvalid},
 		{[]string{"--profile", "public"}, nil, tunnel.ConfigInvalid},
 		{[]string{"--cloud", "192.0.2.1"}, nil, tunnel.ConfigInvalid},
 		{[]string{"-c", file, "--format", "xml"}, nil, tunnel.ConfigInvalid},

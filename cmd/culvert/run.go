@@ -74,7 +74,7 @@ func runSidecar(c *cli.Context) error {
 	}
 	log, err := assemble.NewLog(conf.Log, conf.Identity.App, c.App.ErrWriter)
 	if err != nil {
-		return err
+		return conf.Located(err)
 	}
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -82,7 +82,7 @@ func runSidecar(c *cli.Context) error {
 
 	p, err := assemble.NewProcess(assemble.ProcessConfig{Sidecar: conf, Embedded: c.Bool("embedded"), Version: version, Began: began, Log: log})
 	if err != nil {
-		return err
+		return conf.Located(err)
 	}
 	ctx, cancel := context.WithCancel(c.Context)
 	defer cancel()

@@ -418,6 +418,9 @@ func TestRunRefusesWhatCanNotWork(t *testing.T) {
 	}{
 		"an unknown key":                {[]string{"-c", runFile(t, fmt.Sprintf(runGood, "127.0.0.1:0")+"frunt: {}\n"), "--control", socket}, []string{"culvert.yaml", "line 7", `"frunt"`, "front", "config_invalid"}},
 		"a bad value":                   {[]string{"-c", runFile(t, fmt.Sprintf(runGood, "127.0.0.1:0")+"stop_wait: soon\n"), "--control", socket}, []string{"line 7", `"soon"`, "30s", "config_invalid"}},
+		"a user that there is not":      {[]string{"-c", runFile(t, strings.Replace(fmt.Sprintf(runGood, "127.0.0.1:0"), "front: {", "front: {users: nobody-of-that-name, ", 1)), "--control", socket}, []string{"culvert.yaml: line ", "front.users", "nobody-of-that-name", "config_invalid"}},
+		"a group that there is not":     {[]string{"-c", runFile(t, fmt.Sprintf(runGood, "127.0.0.1:0")+"control: {group: none-of-that-name}\n"), "--control", socket}, []string{"culvert.yaml: line 7", "control.group", "config_invalid"}},
+		"an audit in no folder":         {[]string{"-c", runFile(t, fmt.Sprintf(runGood, "127.0.0.1:0")+"log: {audit_file: /nowhere/audit}\n"), "--control", socket}, []string{"culvert.yaml: line 7", "log.audit_file", "config_invalid"}},
 		"a missing file":                {[]string{"-c", "/nowhere/culvert.yaml", "--control", socket}, []string{"/nowhere/culvert.yaml", "no such file", "config_invalid"}},
 		"a bad flag":                    {[]string{"-c", good, "--mode", "sctp", "--control", socket}, []string{"sctp", "tcp"}},
 		"a port in use":                 {[]string{"-c", good, "--listen", busy.Addr().String(), "--control", socket}, []string{busy.Addr().String(), "in use", "config_invalid"}},

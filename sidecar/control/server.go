@@ -24,6 +24,7 @@ import (
 
 const (
 	maxBody     = 16 << 10
+	maxConns    = 100 // at once on one listener, which anybody on this machine may reach
 	maxWait     = 24 * time.Hour
 	readTime    = 5 * time.Second
 	idleTime    = 30 * time.Second
@@ -116,12 +117,25 @@ func (s *Server) refuse(w http.ResponseWriter, status int, why string) {
 	} else {
 		s.unlogged.Add(1)
 	}
+	w.Header().Set("Connection", "close") // its place is for others
 	reply(w, status, errorReply{errorBody{Code: tunnel.NotPermitted, Text: why}})
 }
 
 func (s *Server) serve(ctx context.Context, l net.Listener, handler http.Handler, conn func(context.Context, net.Conn) context.Context) error {
+	var open atomic.Int64
 	h := &http.Server{
-		Handler: handler, ConnContext: conn, ReadHeaderTimeout: readTime, ReadTimeout: readTime, IdleTimeout: idleTime, MaxHeaderBytes: maxBody,
+		ConnState: func(c net.Conn, state http.ConnState) {
+			switch state {
+			case http.StateNew:
+				if open.Add(1) > maxConns {
+					c.Close()
+				}
+			case http.StateClosed:
+				open.Add(-1)
+			}
+		},
+		DisableGeneralOptionsHandler: true, // it would answer whoever asks
+		Handler:                      handler, ConnContext: conn, ReadHeaderTimeout: readTime, ReadTimeout: readTime, IdleTimeout: idleTime, MaxHeaderBytes: maxBody,
 		ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}

@@ -3,6 +3,7 @@ package assemble
 import (
 	"context"
 	"errors"
+	"math"
 	"net"
 	"net/netip"
 	"os/user"
@@ -109,21 +110,25 @@ func CaptureRules(c *config.Capture, p *policy.Policy) (r rules.Rules, names []s
 // LocalUsers looks up names and numbers.
 func LocalUsers(names []string) (all []rules.User, err error) {
 	for _, name := range names {
+		number := name
 		u, err := user.Lookup(name)
-		if err != nil {
-			u, err = user.LookupId(name)
-		}
 		if err == nil {
-			if id, err := strconv.ParseUint(u.Uid, 10, 32); err == nil {
-				all = append(all, rules.User{UID: uint32(id), Name: u.Username})
-				continue
-			}
+			number = u.Uid
 		}
-		id, err := strconv.ParseUint(name, 10, 32)
-		if err != nil {
+		// The system's lookup of a number would take 4294967296 for root's, and
+		// the highest of 32 bits is nobody's.
+		id, err := strconv.ParseUint(number, 10, 32)
+		if err != nil || id == math.MaxUint32 {
 			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "there is no user %.60q on this machine; give a name or a number", name)
 		}
-		all = append(all, rules.User{UID: uint32(id)})
+		if u == nil {
+			u, _ = user.LookupId(number)
+		}
+		one := rules.User{UID: uint32(id)}
+		if u != nil {
+			one.Name = u.Username
+		}
+		all = append(all, one)
 	}
 	return all, nil
 }

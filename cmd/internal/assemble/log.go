@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 
 	"golang.org/x/time/rate"
 
@@ -268,7 +269,8 @@ type auditFile struct {
 }
 
 func (a *auditFile) open() error {
-	f, err := os.OpenFile(a.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	// A pipe that nobody reads is an error, and not waited for.
+	f, err := os.OpenFile(a.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NONBLOCK, 0o600)
 	if err == nil {
 		a.f = f
 	}

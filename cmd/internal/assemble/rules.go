@@ -143,9 +143,9 @@ func needsRestart(log *slog.Logger, keys []string) {
 	}
 }
 
-// ownPolicy is the policy of a sidecar's configuration; policy.Elsewhere where
+// OwnPolicy is the policy of a sidecar's configuration; policy.Elsewhere where
 // it has none.
-func ownPolicy(c policy.Config) (*policy.Policy, error) {
+func OwnPolicy(c policy.Config) (*policy.Policy, error) {
 	if len(c.Profiles)+len(c.Rules) == 0 {
 		return policy.Elsewhere(), nil
 	}
@@ -189,7 +189,7 @@ func (s *Sidecar) follow(ctx context.Context, conf *config.Sidecar) {
 		next, err := config.ReadSidecar(conf.File())
 		var p *policy.Policy
 		if err == nil {
-			p, err = ownPolicy(next.Policy)
+			p, err = OwnPolicy(next.Policy)
 		}
 		if err != nil {
 			notTaken(s.log, err)

@@ -226,3 +226,17 @@ func TestFilesThatChangeAreNoticed(t *testing.T) {
 		<-done
 	})
 }
+
+// A number that no user can have is not that of root, whatever the system makes of it.
+func TestLocalUsersAreWhoTheyAreCalled(t *testing.T) {
+	for name, want := range map[string]uint32{"root": 0, "0": 0, "4242": 4242, "4294967294": 4294967294} {
+		if all, err := assemble.LocalUsers([]string{name}); err != nil || len(all) != 1 || all[0].UID != want {
+			t.Errorf("%s: %+v, %v", name, all, err)
+		}
+	}
+	for _, name := range []string{"", "nobody-of-that-name", "-1", "+0", "0x0", "4294967295", "4294967296", "18446744073709551616"} {
+		if all, err := assemble.LocalUsers([]string{name}); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
+			t.Errorf("%q: %+v, %v", name, all, err)
+		}
+	}
+}

@@ -78,7 +78,7 @@ func NewSidecar(c *config.Sidecar, log *slog.Logger) (s *Sidecar, err error) {
 		return nil, err
 	}
 	s.Link, s.setLive = link, link.SetLive
-	own, err := ownPolicy(c.Policy)
+	own, err := OwnPolicy(c.Policy)
 	if err != nil {
 		return nil, err
 	}

@@ -108,6 +108,10 @@ func TestBadFilesAreRefusedWithTheirLineAndWhatWasMeant(t *testing.T) {
 		"a path that is none":     {cloud, goodCloudProxy + "websocket: {path: culvert}\n", []string{"line 7", "websocket.path", "/culvert"}},
 		"a WebSocket nowhere":     {cloud, goodCloudProxy + "websocket: {listen: \"127.0.0.1:8080\"}\n", []string{"websocket.path"}},
 		"a WebSocket, no port":    {cloud, goodCloudProxy + "websocket: {path: /c, listen: h}\n", []string{"line 7", "websocket.listen", "ADDRESS:PORT"}},
+		"users that are none":     {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "{users: []}", 1), []string{"line 9", "users", "empty list"}},
+		"users, and no value":     {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "\n  users:", 1), []string{"line 10", "users", "empty list"}},
+		"a pin without a value":   {sidecar, strings.Replace(goodSidecar, "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "", 1), []string{"line 4", "pin", "empty list"}},
+		"no App ID at all":        {cloud, goodCloudProxy + "apps: []\n", []string{"line 7", "apps", "empty list"}},
 		"an egress that is none":  {cloud, goodCloudProxy + "egress: {ipv4: '::1'}\n", []string{"egress.ipv4"}},
 	} {
 		t.Run(name, func(t *testing.T) {

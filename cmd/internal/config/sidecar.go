@@ -120,6 +120,15 @@ func ReadSidecar(file string) (*Sidecar, error) {
 // File is where the configuration was read; "": nowhere.
 func (c *Sidecar) File() string { return c.file }
 
+// Located gives an error about what a key of the file names, such as a user or a
+// file, the file's name and the line.
+func (c *Sidecar) Located(err error) error {
+	if c.file == "" || tunnel.CodeOf(err) != tunnel.ConfigInvalid || lineIn(c.file, err) == 0 {
+		return err
+	}
+	return checked(c.file, func() error { return err })
+}
+
 // Check fills in defaults and says what is missing or can not be.
 func (c *Sidecar) Check() error {
 	if c.Front.Listen == "" {
@@ -267,10 +276,14 @@ func (l *Log) check() error {
 
 // Token returns the token, from its file where it has one.
 func (i *Identity) TokenNow() (string, error) {
-	if i.TokenFile != "" {
-		return secret(i.TokenFile)
+	if i.TokenFile == "" {
+		return i.Token, nil
 	}
-	return i.Token, nil
+	t, err := secret(i.TokenFile)
+	if err != nil {
+		return "", field("identity.token_file", err)
+	}
+	return t, nil
 }
 
 // Password returns the front's password; empty without authentication.
@@ -305,7 +318,7 @@ func CheckAddress(a string) error {
 	if err != nil {
 		return err
 	}
-	for _, r := range t.Host {
+	for _, r := range t.Host + t.Addr.Zone() {
 		if r != '-' && r != '_' && r != '.' && !('0' <= r && r <= '9') && !('a' <= r && r <= 'z') && !('A' <= r && r <= 'Z') {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "%.60q is not a host name (%q does not belong in one); write international names as xn--…", t.Host, r)
 		}

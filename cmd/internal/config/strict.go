@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -23,14 +24,20 @@ import (
 // maxFile bounds a configuration file, in bytes.
 const maxFile = 4 << 20
 
-// read reads a file into a struct, strictly.
-func read(file string, into any) error {
-	f, err := os.Open(file)
+// readAll reads a file, and no more than is needed to see that it is larger than
+// most. A pipe that nobody writes to is an empty file, and not waited for.
+func readAll(file string, most int64) ([]byte, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return tunnel.Errorf(tunnel.ConfigInvalid, "the configuration %s can not be read: %w", file, errors.Unwrap(err))
+		return nil, errors.Unwrap(err)
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	return io.ReadAll(io.LimitReader(f, most+1))
+}
+
+// read reads a file into a struct, strictly.
+func read(file string, into any) error {
+	data, err := readAll(file, maxFile)
 	switch {
 	case err != nil:
 		return tunnel.Errorf(tunnel.ConfigInvalid, "the configuration %s can not be read: %w", file, err)
@@ -108,14 +115,22 @@ func checked(file string, check func() error) error {
 	if err == nil {
 		return nil
 	}
-	var doc yaml.Node
-	if data, rerr := os.ReadFile(file); rerr == nil && yaml.Unmarshal(data, &doc) == nil && len(doc.Content) > 0 {
-		key, _, _ := strings.Cut(tunnel.Sentence(err), " ")
-		if line := lineOf(doc.Content[0], strings.Split(strings.TrimSuffix(key, ":"), ".")); line > 0 {
-			err = &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err}
-		}
+	if line := lineIn(file, err); line > 0 {
+		err = &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err}
 	}
 	return inFile(file, err)
+}
+
+// lineIn is the line of the key that an error begins with; 0: it does not begin
+// with one of the file's.
+func lineIn(file string, err error) int {
+	var doc yaml.Node
+	data, rerr := readAll(file, maxFile)
+	if rerr != nil || yaml.Unmarshal(data, &doc) != nil || len(doc.Content) == 0 {
+		return 0
+	}
+	key, _, _ := strings.Cut(tunnel.Sentence(err), " ")
+	return lineOf(doc.Content[0], strings.Split(strings.TrimSuffix(key, ":"), "."))
 }
 
 // lineOf returns the line of the deepest part of a key's path that is there.
@@ -138,6 +153,11 @@ func known(n *yaml.Node, t reflect.Type, where string) error {
 	}
 	if t.Kind() == reflect.Pointer {
 		t = t.Elem()
+	}
+	// Such as front.users: without it everybody may, which nobody means by naming
+	// no one.
+	if t.Kind() == reflect.Slice && (n.Tag == "!!null" || n.Kind == yaml.SequenceNode && len(n.Content) == 0) {
+		return fmt.Errorf("line %d: %s is an empty list; put something into it, or leave the key out", n.Line, where)
 	}
 	if reflect.PointerTo(t).Implements(unmarshaler) || n.Tag == "!!null" {
 		return nil
@@ -225,11 +245,22 @@ func beside(file, name string) string {
 	return filepath.Join(filepath.Dir(file), name)
 }
 
-// secret returns the trimmed content of a small file.
+// maxSecret bounds a file that holds a token or a password, in bytes.
+const maxSecret = 64 << 10
+
+// secret returns the trimmed content of a small file. It is read again and again
+// while the process runs, so one that is a pipe or a device is refused: it would
+// be waited for, or never end.
 func secret(file string) (string, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return "", tunnel.Errorf(tunnel.ConfigInvalid, "%s can not be read: %w", file, errors.Unwrap(err))
+	if st, err := os.Stat(file); err == nil && !st.Mode().IsRegular() {
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "%s can not be read: it is not a regular file", file)
+	}
+	b, err := readAll(file, maxSecret)
+	switch {
+	case err != nil:
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "%s can not be read: %w", file, err)
+	case len(b) > maxSecret:
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "%s can not be read: it is larger than %d KiB", file, maxSecret>>10)
 	}
 	return strings.TrimSpace(string(b)), nil
 }
