@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -351,6 +352,37 @@ func FuzzControl(f *testing.F) {
 			t.Fatalf("%d after %v", w.Code, b.calls)
 		}
 	})
+}
+
+// Who may write to the socket's folder can put a link in its place.
+func TestRightsAreNotSetBehindALink(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("files have no such rights there")
+	}
+	other := filepath.Join(t.TempDir(), "other")
+	if err := os.WriteFile(other, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "c.sock")
+	if err := os.Symlink(other, link); err != nil {
+		t.Fatal(err)
+	}
+	if err := setRights(link, 0o660, os.Getgid()); err == nil {
+		t.Error("a link was followed")
+	}
+	if st, err := os.Stat(other); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the file behind it has %v, %v", st.Mode(), err)
+	}
+	own := filepath.Join(t.TempDir(), "c.sock")
+	if err := os.WriteFile(own, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := setRights(own, 0o660, os.Getgid()); err != nil {
+		t.Error(err)
+	}
+	if st, err := os.Stat(own); err != nil || st.Mode().Perm() != 0o660 {
+		t.Errorf("the socket has %v, %v", st.Mode(), err)
+	}
 }
 
 // A container has no /etc/group.

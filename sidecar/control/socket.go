@@ -72,13 +72,7 @@ func Listen(path, group string) (net.Listener, error) {
 		return nil, pathError(path, err)
 	}
 	l.SetUnlinkOnClose(false)
-	if gid >= 0 {
-		err = os.Chown(early, -1, gid)
-	}
-	if err == nil {
-		err = os.Chmod(early, mode)
-	}
-	if err == nil {
+	if err = setRights(early, mode, gid); err == nil {
 		err = os.Rename(early, path)
 	}
 	if err != nil {
@@ -87,6 +81,23 @@ func Listen(path, group string) (net.Listener, error) {
 		return nil, pathError(path, err)
 	}
 	return &listener{l, path, gid}, nil
+}
+
+// setRights sets the rights of a file in its own folder: whoever may write there can
+// put a link in its place, which is not to lead to a file of root's.
+func setRights(file string, mode fs.FileMode, gid int) error {
+	dir, err := os.OpenRoot(filepath.Dir(file))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	name := filepath.Base(file)
+	if gid >= 0 {
+		if err := dir.Lchown(name, -1, gid); err != nil {
+			return err
+		}
+	}
+	return dir.Chmod(name, mode)
 }
 
 // listener removes its path when it is closed.
