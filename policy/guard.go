@@ -27,6 +27,11 @@ type Guard struct {
 	// a receiver, and of what Review ends. It must not wait. Set it before the
 	// guard is used; nil: nobody is told.
 	Denied func(Denial)
+	// Own reports whether a target is a program on this very host, by an address
+	// that others reach it at. It may trust what comes from its own host, as a
+	// firewall does, so only listing the address under special lets anybody there.
+	// It is called for every datagram. Set it before the guard is used; nil: nothing is.
+	Own func(Proto, tunnel.Target) bool
 
 	next   tunnel.Opener
 	policy func(by tunnel.Peer) *Policy
@@ -56,7 +61,7 @@ func NewGuard(next tunnel.Opener, policy func(by tunnel.Peer) *Policy) *Guard {
 // OpenStream implements tunnel.Opener.
 func (g *Guard) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
 	asked := g.policy(by)
-	if d := asked.Decide(TCP, to); !d.Allow {
+	if d := g.decide(asked, TCP, to); !d.Allow {
 		return nil, g.refuse(by, TCP, to, d, false)
 	}
 	next, err := g.next.OpenStream(ctx, by, to)
@@ -112,6 +117,19 @@ func (g *Guard) Review() {
 // does not allow it to send to.
 func (g *Guard) Dropped() uint64 { return g.drops.Load() }
 
+// decide is Policy.Decide with what only this host knows.
+func (g *Guard) decide(p *Policy, proto Proto, to tunnel.Target) Decision {
+	if d := p.Decide(proto, to); !d.Allow || !g.own(p, proto, to) {
+		return d
+	}
+	return Decision{Reason: reasonOwn, Class: "own host"}
+}
+
+// own reports whether a target is on this host and the policy does not list it.
+func (g *Guard) own(p *Policy, proto Proto, to tunnel.Target) bool {
+	return g.Own != nil && g.Own(proto, to) && !p.special.Contains(to.Addr)
+}
+
 // refuse makes the error of a refusal and tells of it.
 func (g *Guard) refuse(by tunnel.Peer, proto Proto, to tunnel.Target, d Decision, live bool) error {
 	err := Denied(proto, to, d)
@@ -160,7 +178,7 @@ func (s *guardedStream) forget() bool {
 
 // review aborts a stream that the policy forbids.
 func (s *guardedStream) review() error {
-	d := s.guard.policy(s.by).Decide(TCP, s.to)
+	d := s.guard.decide(s.guard.policy(s.by), TCP, s.to)
 	if d.Allow || !s.forget() {
 		return nil
 	}
@@ -234,7 +252,11 @@ type verdict struct {
 }
 
 func (g *guardedPackets) Send(p []byte, to tunnel.Target) error {
-	if err := g.judge(to); err != nil {
+	err := g.judge(to)
+	if err == nil && g.guard.own(g.guard.policy(g.by), UDP, to) { // not remembered: associations of this host come and go
+		err = Denied(UDP, to, Decision{Reason: reasonOwn, Class: "own host"})
+	}
+	if err != nil {
 		if g.receiver.closed.Load() {
 			return net.ErrClosed
 		}

@@ -310,7 +310,25 @@ func (s *stream) forget() {
 	s.e.mu.Unlock()
 }
 
-// ownAddrs are the addresses of this host. They are replaced, never changed.
+// OnHost reports whether an address is one of this host's, or leads here.
+func (e *Egress) OnHost(a netip.Addr) bool {
+	_, there := (*e.own.set.Load())[a]
+	return there
+}
+
+// Joins reports whether what is sent to an address by UDP goes to another
+// association, inside this Egress.
+func (e *Egress) Joins(to netip.AddrPort) bool {
+	if !e.own.has(to.Addr()) {
+		return false
+	}
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return e.ports[mapping{to.Addr().Is6(), to.Port()}] != nil
+}
+
+// ownAddrs are the addresses of this host, and whether associations are reached at
+// them. They are replaced, never changed.
 type ownAddrs struct {
 	set atomic.Pointer[map[netip.Addr]bool]
 	any [2]bool // the family (0: IPv4) is bound to the wildcard; fixed by the first refresh
@@ -331,9 +349,8 @@ func (o *ownAddrs) refresh(cfg Config) {
 	for _, n := range nets {
 		if p, ok := n.(*net.IPNet); ok {
 			if a, ok := netip.AddrFromSlice(p.IP); ok {
-				if a = a.Unmap(); a.Is4() && any4 || a.Is6() && any6 {
-					m[a] = true
-				}
+				a = a.Unmap()
+				m[a] = m[a] || a.Is4() && any4 || a.Is6() && any6
 			}
 		}
 	}

@@ -229,6 +229,37 @@ func TestTwoAssociationsMeetInProcess(t *testing.T) {
 	}
 }
 
+func TestWhatIsOnThisHostIsKnown(t *testing.T) {
+	public, bound := netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("127.0.0.2")
+	e := newEgress(t, Config{Local4: bound, Public: []netip.Addr{public}})
+	p, _ := associate(t, e, tunnel.Peer{})
+	s, err := p.(*association).socket(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The first is an interface's, whichever address traffic leaves from.
+	for a, on := range map[netip.Addr]bool{netip.MustParseAddr("127.0.0.1"): true, bound: true, public: true, netip.MustParseAddr("192.0.2.8"): false, {}: false} {
+		if e.OnHost(a) != on {
+			t.Errorf("OnHost(%s) = %v", a, !on)
+		}
+	}
+	for to, joins := range map[netip.AddrPort]bool{
+		netip.AddrPortFrom(bound, s.key.port):                            true,
+		netip.AddrPortFrom(public, s.key.port):                           true,
+		netip.AddrPortFrom(public, s.key.port^1):                         false,
+		netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), s.key.port): false, // another program may have that one
+		{}: false,
+	} {
+		if e.Joins(to) != joins {
+			t.Errorf("Joins(%s) = %v", to, !joins)
+		}
+	}
+	p.Close()
+	if to := netip.AddrPortFrom(bound, s.key.port); e.Joins(to) {
+		t.Errorf("Joins(%s) after its association has ended", to)
+	}
+}
+
 func TestTwoEchoesThatMeetComeToAnEnd(t *testing.T) {
 	e := newEgress(t, Config{})
 	var ps [2]tunnel.Packets

@@ -34,6 +34,7 @@ var notPublic = []string{
 	"100.64.0.0", "100.127.255.255", "169.254.0.1", "169.254.255.255", "192.0.0.1", "192.0.0.255",
 	"192.0.2.1", "198.51.100.1", "203.0.113.255", "192.88.99.1", "198.18.0.1", "198.19.255.255",
 	netpair.NearAddr.String(), netpair.FarAddr.String(),
+	netpair.OutsideAddr4.Addr().String(), netpair.OutsideAddr6.Addr().String(), // public, and the cloud proxy's own
 	"169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "192.0.0.192",
 	// Multicast, reserved, broadcast, and the broadcast of a network of the cloud proxy.
 	"224.0.0.1", "224.0.0.251", "239.255.255.250", "240.0.0.1", "255.255.255.254", "255.255.255.255", directedBroadcast,
