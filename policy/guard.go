@@ -238,11 +238,11 @@ type guardedPackets struct {
 	receiver *guardedReceiver
 	changed  atomic.Bool // the policy has changed since the association was opened
 
-	mu       sync.Mutex
-	asked    *Policy                 // whose verdicts these are
-	last     verdict                 // most associations have one target at a time
-	verdicts map[tunnel.Target]error // made when there is a second target; nil error: allowed
-	came     map[netip.Addr]bool     // whether what comes from an address is let in, once changed
+	mu      sync.Mutex
+	asked   *Policy                    // whose verdicts these are
+	last    verdict                    // most associations have one target at a time
+	allowed map[tunnel.Target]struct{} // made when there is a second target. A refusal is not kept: it is larger, and anybody can cause many
+	came    map[netip.Addr]bool        // whether what comes from an address is let in, once changed
 }
 
 type verdict struct {
@@ -281,22 +281,23 @@ func (g *guardedPackets) judge(to tunnel.Target) error {
 	if g.last.valid && g.last.to == to {
 		return g.last.err
 	}
-	err, known := g.verdicts[to]
+	var err error
+	_, known := g.allowed[to]
 	if !known {
 		err = judged(policy, to)
 		delete(g.came, to.Addr)
 	}
-	if g.last.valid && g.verdicts == nil {
-		g.verdicts = map[tunnel.Target]error{g.last.to: g.last.err}
+	if g.last.valid && g.last.err == nil && g.allowed == nil {
+		g.allowed = map[tunnel.Target]struct{}{g.last.to: {}}
 	}
-	if g.verdicts != nil && !known {
-		if len(g.verdicts) >= maxVerdicts {
-			for any := range g.verdicts {
-				delete(g.verdicts, any)
+	if g.allowed != nil && !known && err == nil {
+		if len(g.allowed) >= maxVerdicts {
+			for any := range g.allowed {
+				delete(g.allowed, any)
 				break
 			}
 		}
-		g.verdicts[to] = err
+		g.allowed[to] = struct{}{}
 	}
 	g.last = verdict{to, err, true}
 	return err
@@ -319,8 +320,10 @@ func (g *guardedPackets) followLocked(policy *Policy) {
 		g.changed.Store(true)
 	}
 	g.asked, g.came = policy, nil
-	for to := range g.verdicts {
-		g.verdicts[to] = judged(policy, to)
+	for to := range g.allowed {
+		if judged(policy, to) != nil {
+			delete(g.allowed, to)
+		}
 	}
 	if g.last.valid {
 		g.last.err = judged(policy, g.last.to)
@@ -336,11 +339,7 @@ func (g *guardedPackets) review() {
 	allowed := g.allowedLocked()
 	g.followLocked(policy)
 	for _, to := range allowed {
-		err, known := g.verdicts[to]
-		if !known {
-			err = g.last.err
-		}
-		if err != nil {
+		if err := judged(policy, to); err != nil {
 			ended = append(ended, verdict{to, err, true})
 		}
 	}
@@ -352,13 +351,8 @@ func (g *guardedPackets) review() {
 
 // allowedLocked lists the targets that may be sent to. g.mu is held.
 func (g *guardedPackets) allowedLocked() []tunnel.Target {
-	var all []tunnel.Target
-	for to, err := range g.verdicts {
-		if err == nil {
-			all = append(all, to)
-		}
-	}
-	if g.verdicts == nil && g.last.valid && g.last.err == nil {
+	all := slices.Collect(maps.Keys(g.allowed))
+	if g.allowed == nil && g.last.valid && g.last.err == nil {
 		all = append(all, g.last.to)
 	}
 	return all
