@@ -279,3 +279,43 @@ func TestOnePeerCanNotTakeAllLookups(t *testing.T) {
 		}
 	})
 }
+
+// Each that waits holds a goroutine and datagrams, whoever has asked first.
+func TestAssociationsOfOnePeerThatWaitForNamesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &names{wait: make(chan struct{}), addrs: map[string][]netip.Addr{"x": {a4}, "y": {a4}}}
+		sent := 0
+		var mu sync.Mutex
+		r := NewResolve(&nextStage{send: func([]byte, tunnel.Target) error {
+			mu.Lock()
+			defer mu.Unlock()
+			sent++
+			return nil
+		}}, ResolveConfig{Resolver: n})
+		send := func(by tunnel.Peer) {
+			p, err := r.OpenPackets(by, newReceiver())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { p.Close() })
+			for _, host := range []string{"x", "y"} {
+				if err := p.Send([]byte("x"), tunnel.Target{Host: host, Port: 1}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		greedy, other := tunnel.Peer{App: "a", Addr: netip.AddrPortFrom(a4, 1)}, tunnel.Peer{App: "a", Addr: netip.AddrPortFrom(b4, 1)}
+		for range maxWaits {
+			send(greedy)
+		}
+		send(other)
+		if got := r.Dropped(); got != maxWaits {
+			t.Errorf("%d dropped, want %d", got, maxWaits)
+		}
+		close(n.wait)
+		synctest.Wait()
+		if sent != maxWaits+2 || len(r.waits) != 0 {
+			t.Errorf("%d sent, want %d; left %v", sent, maxWaits+2, r.waits)
+		}
+	})
+}
