@@ -312,8 +312,15 @@ func (s *stream) forget() {
 
 // OnHost reports whether an address is one of this host's, or leads here.
 func (e *Egress) OnHost(a netip.Addr) bool {
-	_, there := (*e.own.set.Load())[a]
-	return there
+	if _, there := (*e.own.set.Load())[a]; there {
+		return true
+	}
+	for _, p := range *e.own.routed.Load() {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
 }
 
 // Joins reports whether what is sent to an address by UDP goes to another
@@ -330,8 +337,9 @@ func (e *Egress) Joins(to netip.AddrPort) bool {
 // ownAddrs are the addresses of this host, and whether associations are reached at
 // them. They are replaced, never changed.
 type ownAddrs struct {
-	set atomic.Pointer[map[netip.Addr]bool]
-	any [2]bool // the family (0: IPv4) is bound to the wildcard; fixed by the first refresh
+	set    atomic.Pointer[map[netip.Addr]bool]
+	routed atomic.Pointer[[]netip.Prefix] // what else leads here, in any case not to an association
+	any    [2]bool                        // the family (0: IPv4) is bound to the wildcard; fixed by the first refresh
 }
 
 func (o *ownAddrs) refresh(cfg Config) {
@@ -354,6 +362,15 @@ func (o *ownAddrs) refresh(cfg Config) {
 			}
 		}
 	}
+	var routed []netip.Prefix
+	for _, p := range localPrefixes() {
+		if !p.IsSingleIP() {
+			routed = append(routed, p)
+		} else if _, there := m[p.Addr()]; !there {
+			m[p.Addr()] = false
+		}
+	}
+	o.routed.Store(&routed)
 	o.set.Store(&m)
 }
 

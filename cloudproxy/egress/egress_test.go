@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -236,6 +237,9 @@ func TestWhatIsOnThisHostIsKnown(t *testing.T) {
 	s, err := p.(*association).socket(0)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if a := netip.MustParseAddr("127.9.9.9"); runtime.GOOS == "linux" && !e.OnHost(a) {
+		t.Errorf("%s, which no interface has and the kernel routes here, is elsewhere", a)
 	}
 	// The first is an interface's, whichever address traffic leaves from.
 	for a, on := range map[netip.Addr]bool{netip.MustParseAddr("127.0.0.1"): true, bound: true, public: true, netip.MustParseAddr("192.0.2.8"): false, {}: false} {
