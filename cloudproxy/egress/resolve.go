@@ -33,6 +33,7 @@ const (
 	maxCached  = 4096
 	maxLookups = 256  // at once
 	maxShare   = 32   // of them for one peer
+	maxOfApp   = 128  // and for all peers of one App ID
 	maxWaits   = 4096 // that associations of one peer wait for at once: one name may be waited for by thousands
 	maxAddrs   = 16   // of one name that are tried
 
@@ -53,8 +54,9 @@ type Resolve struct {
 	mu      sync.Mutex
 	cache   map[string]*answer
 	lookups int
-	shares  map[share]int // of lookups; none is 0
-	waits   map[share]int // names that associations wait for; none is 0
+	shares  map[share]int  // of lookups; none is 0
+	ofApps  map[string]int // the same by App ID
+	waits   map[share]int  // names that associations wait for; none is 0
 }
 
 // share is whom a lookup counts for: at the cloud proxy one sidecar's session.
@@ -87,7 +89,7 @@ func NewResolve(next tunnel.Opener, cfg ResolveConfig) *Resolve {
 	if cfg.Families != "ip4" && cfg.Families != "ip6" {
 		cfg.Families = "ip"
 	}
-	return &Resolve{next: next, cfg: cfg, cache: map[string]*answer{}, shares: map[share]int{}, waits: map[share]int{}}
+	return &Resolve{next: next, cfg: cfg, cache: map[string]*answer{}, shares: map[share]int{}, ofApps: map[string]int{}, waits: map[share]int{}}
 }
 
 // Dropped counts datagrams that were lost while they waited for a name.
@@ -111,6 +113,8 @@ func (r *Resolve) lookup(by tunnel.Peer, host string) *answer {
 		a.err = tunnel.Errorf(tunnel.LimitExceeded, "%d names are being looked up, which is the limit; try again", r.lookups)
 	case r.shares[of] >= maxShare:
 		a.err = tunnel.Errorf(tunnel.LimitExceeded, "%d names are being looked up for this sidecar, which is its share; try again", r.shares[of])
+	case r.ofApps[of.app] >= maxOfApp:
+		a.err = tunnel.Errorf(tunnel.LimitExceeded, "%d names are being looked up for this App ID, which is its share; try again", r.ofApps[of.app])
 	}
 	if a.err != nil {
 		close(a.done)
@@ -135,6 +139,7 @@ func (r *Resolve) lookup(by tunnel.Peer, host string) *answer {
 	r.cache[host] = a
 	r.lookups++
 	r.shares[of]++
+	r.ofApps[of.app]++
 	go r.ask(of, host, a)
 	return a
 }
@@ -194,6 +199,9 @@ func (r *Resolve) ask(of share, host string, a *answer) {
 	r.lookups--
 	if r.shares[of]--; r.shares[of] == 0 {
 		delete(r.shares, of)
+	}
+	if r.ofApps[of.app]--; r.ofApps[of.app] == 0 {
+		delete(r.ofApps, of.app)
 	}
 	r.mu.Unlock()
 	close(a.done)

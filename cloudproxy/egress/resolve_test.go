@@ -260,6 +260,15 @@ func TestOnePeerCanNotTakeAllLookups(t *testing.T) {
 		if err := <-ask(greedy); !errors.Is(err, tunnel.LimitExceeded) {
 			t.Errorf("one more: %v", err)
 		}
+		// Nor can all peers of one App ID together.
+		for peer := range 2 * maxOfApp / maxShare {
+			for range maxShare {
+				ask(tunnel.Peer{App: "many", Addr: netip.AddrPortFrom(a4, uint16(100+peer))})
+			}
+		}
+		if want := maxShare + maxOfApp; n.asked != want {
+			t.Errorf("%d lookups, want %d", n.asked, want)
+		}
 		for name, other := range map[string]tunnel.Peer{
 			"another App ID": {App: "b", Addr: greedy.Addr}, "another sidecar": {App: "a", Addr: netip.AddrPortFrom(b4, 1)},
 		} {
@@ -274,8 +283,8 @@ func TestOnePeerCanNotTakeAllLookups(t *testing.T) {
 		if ask(greedy); n.asked != before+1 {
 			t.Error("the share was not given back")
 		}
-		if len(r.shares) != 0 {
-			t.Errorf("left: %v", r.shares)
+		if len(r.shares)+len(r.ofApps) != 0 {
+			t.Errorf("left: %v %v", r.shares, r.ofApps)
 		}
 	})
 }
