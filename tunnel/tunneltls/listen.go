@@ -22,12 +22,12 @@ import (
 //	           └────────── HandshakeTimeout in all ──────────┘
 //
 // A connection takes a slot only once its whole ClientHello is here, and gives it
-// back while the peer is to speak, so silent ones keep nobody out.
+// back when that is answered, so silent ones keep nobody out.
 type listener struct {
 	ln    net.Listener
 	cfg   Config
 	held  *crowd.Crowd  // connections that nobody has accepted yet
-	slots chan struct{} // handshakes that are being computed
+	slots chan struct{} // ClientHellos that are being answered
 	ready chan *candidate
 	ctx   context.Context
 	stop  context.CancelFunc
@@ -137,62 +137,33 @@ func (l *listener) handshake(ctx context.Context, conn net.Conn) (*candidate, er
 	if !broken() || err != nil {
 		return nil, errors.Join(ctx.Err(), err)
 	}
-	turn := &turn{Conn: conn, ctx: ctx, slots: l.slots}
-	if !turn.take() {
+	select {
+	case l.slots <- struct{}{}:
+	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	turn := &turn{Conn: conn, over: sync.OnceFunc(func() { <-l.slots })}
+	defer turn.over()
 	rekeys := newRekeyMeter(&replay{Conn: turn, first: hello})
 	g.Conn = rekeys
 	secured := tls.Server(g, l.cfg.TLS)
-	err = secured.HandshakeContext(ctx)
-	turn.end()
-	if err != nil {
+	if err := secured.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
 	return &candidate{link: &link{Conn: secured, raw: raw, gather: g, rekeys: rekeys}, cfg: &l.cfg}, nil
 }
 
-// turn is a connection in its handshake, which has a slot but while it reads. One
-// goroutine at a time uses it.
+// turn is a connection whose slot is over when TLS waits for the peer. What is left
+// to compute then is done without one: whoever has come that far is not to wait
+// behind those who begin.
 type turn struct {
 	net.Conn
-	ctx   context.Context
-	slots chan struct{} // nil: the handshake is over
-	has   bool
-}
-
-// take waits for a slot. It reports false where ctx has ended before.
-func (t *turn) take() bool {
-	select {
-	case t.slots <- struct{}{}:
-		t.has = true
-	case <-t.ctx.Done():
-	}
-	return t.has
-}
-
-func (t *turn) give() {
-	if t.has {
-		<-t.slots
-		t.has = false
-	}
-}
-
-func (t *turn) end() {
-	t.give()
-	t.slots, t.ctx = nil, nil
+	over func()
 }
 
 func (t *turn) Read(p []byte) (int, error) {
-	if t.slots == nil {
-		return t.Conn.Read(p)
-	}
-	t.give()
-	n, err := t.Conn.Read(p)
-	if !t.take() {
-		err = errors.Join(err, t.ctx.Err())
-	}
-	return n, err
+	t.over()
+	return t.Conn.Read(p)
 }
 
 // readHello reads the first TLS record. What does not begin as a handshake
