@@ -50,7 +50,7 @@ var own = map[string][]string{
 	"tunnel/tunneltls":      {"tunnel", "tunnel/age", "tunnel/crowd"},
 	"tunnel/tunneltest":     {"tunnel"},
 	"tunnel/httpproxy":      {"tunnel"},
-	"tunnel/websocket":      {"tunnel"},
+	"tunnel/websocket":      {"tunnel", "tunnel/crowd"},
 	"policy":                {"tunnel"},
 	"sidecar":               {"tunnel", "tunnel/netio", "sidecar/channel"},
 	"sidecar/channel":       {},

@@ -27,6 +27,11 @@ type Guard struct {
 	// a receiver, and of what Review ends. It must not wait. Set it before the
 	// guard is used; nil: nobody is told.
 	Denied func(Denial)
+	// Own reports whether a target is a program on this very host, by an address
+	// that others reach it at. It may trust what comes from its own host, as a
+	// firewall does, so only listing the address under special lets anybody there.
+	// It is called for every datagram. Set it before the guard is used; nil: nothing is.
+	Own func(Proto, tunnel.Target) bool
 
 	next   tunnel.Opener
 	policy func(by tunnel.Peer) *Policy
@@ -56,7 +61,7 @@ func NewGuard(next tunnel.Opener, policy func(by tunnel.Peer) *Policy) *Guard {
 // OpenStream implements tunnel.Opener.
 func (g *Guard) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
 	asked := g.policy(by)
-	if d := asked.Decide(TCP, to); !d.Allow {
+	if d := g.decide(asked, TCP, to); !d.Allow {
 		return nil, g.refuse(by, TCP, to, d, false)
 	}
 	next, err := g.next.OpenStream(ctx, by, to)
@@ -112,6 +117,19 @@ func (g *Guard) Review() {
 // does not allow it to send to.
 func (g *Guard) Dropped() uint64 { return g.drops.Load() }
 
+// decide is Policy.Decide with what only this host knows.
+func (g *Guard) decide(p *Policy, proto Proto, to tunnel.Target) Decision {
+	if d := p.Decide(proto, to); !d.Allow || !g.own(p, proto, to) {
+		return d
+	}
+	return Decision{Reason: reasonOwn, Class: "own host"}
+}
+
+// own reports whether a target is on this host and the policy does not list it.
+func (g *Guard) own(p *Policy, proto Proto, to tunnel.Target) bool {
+	return g.Own != nil && g.Own(proto, to) && !p.special.Contains(to.Addr)
+}
+
 // refuse makes the error of a refusal and tells of it.
 func (g *Guard) refuse(by tunnel.Peer, proto Proto, to tunnel.Target, d Decision, live bool) error {
 	err := Denied(proto, to, d)
@@ -160,7 +178,7 @@ func (s *guardedStream) forget() bool {
 
 // review aborts a stream that the policy forbids.
 func (s *guardedStream) review() error {
-	d := s.guard.policy(s.by).Decide(TCP, s.to)
+	d := s.guard.decide(s.guard.policy(s.by), TCP, s.to)
 	if d.Allow || !s.forget() {
 		return nil
 	}
@@ -220,11 +238,11 @@ type guardedPackets struct {
 	receiver *guardedReceiver
 	changed  atomic.Bool // the policy has changed since the association was opened
 
-	mu       sync.Mutex
-	asked    *Policy                 // whose verdicts these are
-	last     verdict                 // most associations have one target at a time
-	verdicts map[tunnel.Target]error // made when there is a second target; nil error: allowed
-	came     map[netip.Addr]bool     // whether what comes from an address is let in, once changed
+	mu      sync.Mutex
+	asked   *Policy                    // whose verdicts these are
+	last    verdict                    // most associations have one target at a time
+	allowed map[tunnel.Target]struct{} // made when there is a second target. A refusal is not kept: it is larger, and anybody can cause many
+	came    map[netip.Addr]bool        // whether what comes from an address is let in, once changed
 }
 
 type verdict struct {
@@ -234,7 +252,11 @@ type verdict struct {
 }
 
 func (g *guardedPackets) Send(p []byte, to tunnel.Target) error {
-	if err := g.judge(to); err != nil {
+	err := g.judge(to)
+	if err == nil && g.guard.own(g.guard.policy(g.by), UDP, to) { // not remembered: associations of this host come and go
+		err = Denied(UDP, to, Decision{Reason: reasonOwn, Class: "own host"})
+	}
+	if err != nil {
 		if g.receiver.closed.Load() {
 			return net.ErrClosed
 		}
@@ -259,22 +281,23 @@ func (g *guardedPackets) judge(to tunnel.Target) error {
 	if g.last.valid && g.last.to == to {
 		return g.last.err
 	}
-	err, known := g.verdicts[to]
+	var err error
+	_, known := g.allowed[to]
 	if !known {
 		err = judged(policy, to)
 		delete(g.came, to.Addr)
 	}
-	if g.last.valid && g.verdicts == nil {
-		g.verdicts = map[tunnel.Target]error{g.last.to: g.last.err}
+	if g.last.valid && g.last.err == nil && g.allowed == nil {
+		g.allowed = map[tunnel.Target]struct{}{g.last.to: {}}
 	}
-	if g.verdicts != nil && !known {
-		if len(g.verdicts) >= maxVerdicts {
-			for any := range g.verdicts {
-				delete(g.verdicts, any)
+	if g.allowed != nil && !known && err == nil {
+		if len(g.allowed) >= maxVerdicts {
+			for any := range g.allowed {
+				delete(g.allowed, any)
 				break
 			}
 		}
-		g.verdicts[to] = err
+		g.allowed[to] = struct{}{}
 	}
 	g.last = verdict{to, err, true}
 	return err
@@ -297,8 +320,10 @@ func (g *guardedPackets) followLocked(policy *Policy) {
 		g.changed.Store(true)
 	}
 	g.asked, g.came = policy, nil
-	for to := range g.verdicts {
-		g.verdicts[to] = judged(policy, to)
+	for to := range g.allowed {
+		if judged(policy, to) != nil {
+			delete(g.allowed, to)
+		}
 	}
 	if g.last.valid {
 		g.last.err = judged(policy, g.last.to)
@@ -314,11 +339,7 @@ func (g *guardedPackets) review() {
 	allowed := g.allowedLocked()
 	g.followLocked(policy)
 	for _, to := range allowed {
-		err, known := g.verdicts[to]
-		if !known {
-			err = g.last.err
-		}
-		if err != nil {
+		if err := judged(policy, to); err != nil {
 			ended = append(ended, verdict{to, err, true})
 		}
 	}
@@ -330,13 +351,8 @@ func (g *guardedPackets) review() {
 
 // allowedLocked lists the targets that may be sent to. g.mu is held.
 func (g *guardedPackets) allowedLocked() []tunnel.Target {
-	var all []tunnel.Target
-	for to, err := range g.verdicts {
-		if err == nil {
-			all = append(all, to)
-		}
-	}
-	if g.verdicts == nil && g.last.valid && g.last.err == nil {
+	all := slices.Collect(maps.Keys(g.allowed))
+	if g.allowed == nil && g.last.valid && g.last.err == nil {
 		all = append(all, g.last.to)
 	}
 	return all

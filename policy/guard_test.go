@@ -112,6 +112,46 @@ func TestGuardAsksBeforeAStream(t *testing.T) {
 	}
 }
 
+// What listens on the cloud proxy's own host may trust its neighbours there.
+func TestTheOwnHostIsReachedOnlyWhereItIsListed(t *testing.T) {
+	const rules = "\nrules: [{allow: any, to: any}]\nprofiles: [public]"
+	own, joined := target(t, "9.9.9.9:22"), target(t, "9.9.9.9:40000")
+	for _, c := range []struct {
+		special string
+		want    bool
+	}{{"[]", false}, {"[10.0.0.0/8, 9.9.9.8/32]", false}, {"[9.9.9.0/24]", true}} {
+		s := &sink{fail: errors.New("from behind")}
+		g := policy.NewGuard(s, always(parse(t, "special: "+c.special+rules)))
+		g.Own = func(p policy.Proto, to tunnel.Target) bool {
+			return to.Addr == own.Addr && (p == policy.TCP || to.Port == own.Port)
+		}
+		if _, err := g.OpenStream(t.Context(), tunnel.Peer{}, own); (err == s.fail) != c.want || err != s.fail && !errors.Is(err, tunnel.PolicyDenied) {
+			t.Errorf("%s, TCP: %v", c.special, err)
+		}
+		if _, err := g.OpenStream(t.Context(), tunnel.Peer{}, target(t, "9.9.9.10:22")); err != s.fail {
+			t.Errorf("TCP to another host: %v", err)
+		}
+		s.fail = nil
+		r := &receiver{}
+		p, err := g.OpenPackets(tunnel.Peer{}, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // the second by what is remembered
+			err := p.Send(nil, own)
+			if (err == nil) != c.want || err != nil && !errors.Is(err, tunnel.PolicyDenied) {
+				t.Errorf("%s, UDP: %v", c.special, err)
+			}
+			if err := p.Send(nil, joined); err != nil {
+				t.Errorf("UDP to an association here: %v", err)
+			}
+		}
+		if told := r.reports() == 1; told == c.want {
+			t.Errorf("%s: %d reports", c.special, r.reports())
+		}
+	}
+}
+
 func TestDenialsShowHostileNamesOnOneShortLine(t *testing.T) {
 	g := policy.NewGuard(&sink{}, always(parse(t, "")))
 	for _, host := range []string{"a\r\nb", "\x1b[31m", strings.Repeat("x", 10_000), "\u202e", "\xff"} {

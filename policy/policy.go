@@ -166,6 +166,7 @@ const (
 	reasonNoTarget  = "it has neither a name nor an address"
 	reasonNoPort    = "port 0 is no destination"
 	reasonLongName  = "its name is longer than a host name can be"
+	reasonOwn       = "it is an address of the cloud proxy's own host, which the policy does not list under special"
 	reasonElsewhere = "there is no policy here, and the cloud proxy decides"
 	reasonUndecided = "not decided here: only address rules could match, and the cloud proxy decides on the numeric address"
 )

@@ -310,10 +310,36 @@ func (s *stream) forget() {
 	s.e.mu.Unlock()
 }
 
-// ownAddrs are the addresses of this host. They are replaced, never changed.
+// OnHost reports whether an address is one of this host's, or leads here.
+func (e *Egress) OnHost(a netip.Addr) bool {
+	if _, there := (*e.own.set.Load())[a]; there {
+		return true
+	}
+	for _, p := range *e.own.routed.Load() {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// Joins reports whether what is sent to an address by UDP goes to another
+// association, inside this Egress.
+func (e *Egress) Joins(to netip.AddrPort) bool {
+	if !e.own.has(to.Addr()) {
+		return false
+	}
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return e.ports[mapping{to.Addr().Is6(), to.Port()}] != nil
+}
+
+// ownAddrs are the addresses of this host, and whether associations are reached at
+// them. They are replaced, never changed.
 type ownAddrs struct {
-	set atomic.Pointer[map[netip.Addr]bool]
-	any [2]bool // the family (0: IPv4) is bound to the wildcard; fixed by the first refresh
+	set    atomic.Pointer[map[netip.Addr]bool]
+	routed atomic.Pointer[[]netip.Prefix] // what else leads here, in any case not to an association
+	any    [2]bool                        // the family (0: IPv4) is bound to the wildcard; fixed by the first refresh
 }
 
 func (o *ownAddrs) refresh(cfg Config) {
@@ -331,12 +357,20 @@ func (o *ownAddrs) refresh(cfg Config) {
 	for _, n := range nets {
 		if p, ok := n.(*net.IPNet); ok {
 			if a, ok := netip.AddrFromSlice(p.IP); ok {
-				if a = a.Unmap(); a.Is4() && any4 || a.Is6() && any6 {
-					m[a] = true
-				}
+				a = a.Unmap()
+				m[a] = m[a] || a.Is4() && any4 || a.Is6() && any6
 			}
 		}
 	}
+	var routed []netip.Prefix
+	for _, p := range localPrefixes() {
+		if !p.IsSingleIP() {
+			routed = append(routed, p)
+		} else if _, there := m[p.Addr()]; !there {
+			m[p.Addr()] = false
+		}
+	}
+	o.routed.Store(&routed)
 	o.set.Store(&m)
 }
 

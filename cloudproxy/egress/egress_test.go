@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -226,6 +227,40 @@ func TestTwoAssociationsMeetInProcess(t *testing.T) {
 				t.Errorf("got %q from %s", g.p, g.from)
 			}
 		})
+	}
+}
+
+func TestWhatIsOnThisHostIsKnown(t *testing.T) {
+	public, bound := netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("127.0.0.2")
+	e := newEgress(t, Config{Local4: bound, Public: []netip.Addr{public}})
+	p, _ := associate(t, e, tunnel.Peer{})
+	s, err := p.(*association).socket(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := netip.MustParseAddr("127.9.9.9"); runtime.GOOS == "linux" && !e.OnHost(a) {
+		t.Errorf("%s, which no interface has and the kernel routes here, is elsewhere", a)
+	}
+	// The first is an interface's, whichever address traffic leaves from.
+	for a, on := range map[netip.Addr]bool{netip.MustParseAddr("127.0.0.1"): true, bound: true, public: true, netip.MustParseAddr("192.0.2.8"): false, {}: false} {
+		if e.OnHost(a) != on {
+			t.Errorf("OnHost(%s) = %v", a, !on)
+		}
+	}
+	for to, joins := range map[netip.AddrPort]bool{
+		netip.AddrPortFrom(bound, s.key.port):                            true,
+		netip.AddrPortFrom(public, s.key.port):                           true,
+		netip.AddrPortFrom(public, s.key.port^1):                         false,
+		netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), s.key.port): false, // another program may have that one
+		{}: false,
+	} {
+		if e.Joins(to) != joins {
+			t.Errorf("Joins(%s) = %v", to, !joins)
+		}
+	}
+	p.Close()
+	if to := netip.AddrPortFrom(bound, s.key.port); e.Joins(to) {
+		t.Errorf("Joins(%s) after its association has ended", to)
 	}
 }
 

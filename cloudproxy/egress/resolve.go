@@ -31,9 +31,11 @@ const (
 	failureTTL = 5 * time.Second        // for an answer that there is no such name
 	stagger    = 250 * time.Millisecond // RFC 8305 §5, Connection Attempt Delay
 	maxCached  = 4096
-	maxLookups = 256 // at once
-	maxShare   = 32  // of them for one peer
-	maxAddrs   = 16  // of one name that are tried
+	maxLookups = 256  // at once
+	maxShare   = 32   // of them for one peer
+	maxOfApp   = 128  // and for all peers of one App ID
+	maxWaits   = 4096 // that associations of one peer wait for at once: one name may be waited for by thousands
+	maxAddrs   = 16   // of one name that are tried
 
 	maxNames     = 256 // that an association remembers
 	maxPending   = 16  // names that an association waits for
@@ -52,7 +54,9 @@ type Resolve struct {
 	mu      sync.Mutex
 	cache   map[string]*answer
 	lookups int
-	shares  map[share]int // of lookups; none is 0
+	shares  map[share]int  // of lookups; none is 0
+	ofApps  map[string]int // the same by App ID
+	waits   map[share]int  // names that associations wait for; none is 0
 }
 
 // share is whom a lookup counts for: at the cloud proxy one sidecar's session.
@@ -85,7 +89,7 @@ func NewResolve(next tunnel.Opener, cfg ResolveConfig) *Resolve {
 	if cfg.Families != "ip4" && cfg.Families != "ip6" {
 		cfg.Families = "ip"
 	}
-	return &Resolve{next: next, cfg: cfg, cache: map[string]*answer{}, shares: map[share]int{}}
+	return &Resolve{next: next, cfg: cfg, cache: map[string]*answer{}, shares: map[share]int{}, ofApps: map[string]int{}, waits: map[share]int{}}
 }
 
 // Dropped counts datagrams that were lost while they waited for a name.
@@ -109,6 +113,8 @@ func (r *Resolve) lookup(by tunnel.Peer, host string) *answer {
 		a.err = tunnel.Errorf(tunnel.LimitExceeded, "%d names are being looked up, which is the limit; try again", r.lookups)
 	case r.shares[of] >= maxShare:
 		a.err = tunnel.Errorf(tunnel.LimitExceeded, "%d names are being looked up for this sidecar, which is its share; try again", r.shares[of])
+	case r.ofApps[of.app] >= maxOfApp:
+		a.err = tunnel.Errorf(tunnel.LimitExceeded, "%d names are being looked up for this App ID, which is its share; try again", r.ofApps[of.app])
 	}
 	if a.err != nil {
 		close(a.done)
@@ -133,8 +139,31 @@ func (r *Resolve) lookup(by tunnel.Peer, host string) *answer {
 	r.cache[host] = a
 	r.lookups++
 	r.shares[of]++
+	r.ofApps[of.app]++
 	go r.ask(of, host, a)
 	return a
+}
+
+// wait reports whether one more association of a peer may wait for a name; then
+// waited must follow.
+func (r *Resolve) wait(by tunnel.Peer) bool {
+	of := share{by.App, by.Addr}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.waits[of] >= maxWaits {
+		return false
+	}
+	r.waits[of]++
+	return true
+}
+
+func (r *Resolve) waited(by tunnel.Peer) {
+	of := share{by.App, by.Addr}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.waits[of]--; r.waits[of] == 0 {
+		delete(r.waits, of)
+	}
 }
 
 // ask looks one name up. It serves everybody who waits, so it has its own time limit.
@@ -170,6 +199,9 @@ func (r *Resolve) ask(of share, host string, a *answer) {
 	r.lookups--
 	if r.shares[of]--; r.shares[of] == 0 {
 		delete(r.shares, of)
+	}
+	if r.ofApps[of.app]--; r.ofApps[of.app] == 0 {
+		delete(r.ofApps, of.app)
 	}
 	r.mu.Unlock()
 	close(a.done)
@@ -341,7 +373,7 @@ func (p *resolvePackets) Send(b []byte, to tunnel.Target) error {
 		return nil
 	}
 	if n == nil {
-		if p.pending >= maxPending {
+		if p.pending >= maxPending || !p.r.wait(p.by) {
 			p.r.drop.Add(1)
 			return nil
 		}
@@ -370,6 +402,7 @@ func (p *resolvePackets) Send(b []byte, to tunnel.Target) error {
 
 // await sends what waits for a name, in order, and then opens the direct way.
 func (p *resolvePackets) await(host string, n *resolved, a *answer) {
+	defer p.r.waited(p.by)
 	<-a.done
 	addrs, err := a.addrs, a.err
 	var denied error

@@ -260,6 +260,15 @@ func TestOnePeerCanNotTakeAllLookups(t *testing.T) {
 		if err := <-ask(greedy); !errors.Is(err, tunnel.LimitExceeded) {
 			t.Errorf("one more: %v", err)
 		}
+		// Nor can all peers of one App ID together.
+		for peer := range 2 * maxOfApp / maxShare {
+			for range maxShare {
+				ask(tunnel.Peer{App: "many", Addr: netip.AddrPortFrom(a4, uint16(100+peer))})
+			}
+		}
+		if want := maxShare + maxOfApp; n.asked != want {
+			t.Errorf("%d lookups, want %d", n.asked, want)
+		}
 		for name, other := range map[string]tunnel.Peer{
 			"another App ID": {App: "b", Addr: greedy.Addr}, "another sidecar": {App: "a", Addr: netip.AddrPortFrom(b4, 1)},
 		} {
@@ -274,8 +283,48 @@ func TestOnePeerCanNotTakeAllLookups(t *testing.T) {
 		if ask(greedy); n.asked != before+1 {
 			t.Error("the share was not given back")
 		}
-		if len(r.shares) != 0 {
-			t.Errorf("left: %v", r.shares)
+		if len(r.shares)+len(r.ofApps) != 0 {
+			t.Errorf("left: %v %v", r.shares, r.ofApps)
+		}
+	})
+}
+
+// Each that waits holds a goroutine and datagrams, whoever has asked first.
+func TestAssociationsOfOnePeerThatWaitForNamesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &names{wait: make(chan struct{}), addrs: map[string][]netip.Addr{"x": {a4}, "y": {a4}}}
+		sent := 0
+		var mu sync.Mutex
+		r := NewResolve(&nextStage{send: func([]byte, tunnel.Target) error {
+			mu.Lock()
+			defer mu.Unlock()
+			sent++
+			return nil
+		}}, ResolveConfig{Resolver: n})
+		send := func(by tunnel.Peer) {
+			p, err := r.OpenPackets(by, newReceiver())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { p.Close() })
+			for _, host := range []string{"x", "y"} {
+				if err := p.Send([]byte("x"), tunnel.Target{Host: host, Port: 1}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		greedy, other := tunnel.Peer{App: "a", Addr: netip.AddrPortFrom(a4, 1)}, tunnel.Peer{App: "a", Addr: netip.AddrPortFrom(b4, 1)}
+		for range maxWaits {
+			send(greedy)
+		}
+		send(other)
+		if got := r.Dropped(); got != maxWaits {
+			t.Errorf("%d dropped, want %d", got, maxWaits)
+		}
+		close(n.wait)
+		synctest.Wait()
+		if sent != maxWaits+2 || len(r.waits) != 0 {
+			t.Errorf("%d sent, want %d; left %v", sent, maxWaits+2, r.waits)
 		}
 	})
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/base64"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,6 +113,50 @@ func TestTokensThatAreRefused(t *testing.T) {
 		}
 		if err != nil && len(c.token) > 20 && strings.Contains(err.Error(), c.token[:20]) {
 			t.Errorf("%s: the error quotes the token: %v", name, err)
+		}
+	}
+}
+
+// What signs tokens may be another program than ours, and wrong. What it says is
+// taken as the RFCs say, or not at all.
+func TestTokensOfASignerThatIsWrong(t *testing.T) {
+	key, pub := newKey(t)
+	part := base64.RawURLEncoding.EncodeToString
+	sign := func(head, claims string) string {
+		text := part([]byte(`{"alg":"EdDSA","kid":"`+Thumbprint(pub)+`"`+head+`}`)) + "." + part([]byte(`{"concurrency":1,"jti":"x"`+claims+`}`))
+		return text + "." + part(ed25519.Sign(key, []byte(text)))
+	}
+	const app = `,"app":"app"`
+	exp := fmt.Sprintf(`,"exp":%d`, epoch.Add(time.Hour).Unix())
+	for name, c := range map[string]struct{ head, claims, want string }{
+		"nothing wrong":                    {"", app + exp + `,"nbf":0,"iat":0`, ""},
+		"a header that is critical":        {`,"crit":["exp2"],"exp2":1`, app + exp, "crit"}, // RFC 7515 §4.1.11
+		"an encoding that is critical":     {`,"crit":["b64"],"b64":false`, app + exp, "crit"},
+		"for another service":              {"", app + exp + `,"aud":"mail"`, "aud"}, // RFC 7519 §4.1.3
+		"for several others":               {"", app + exp + `,"aud":["mail","web"]`, "aud"},
+		"an end in milliseconds":           {"", app + fmt.Sprintf(`,"exp":%d`, epoch.UnixMilli()), "seconds"},
+		"an end beyond all numbers":        {"", app + `,"exp":1e400`, "not a token"},
+		"an end that overflows":            {"", app + `,"exp":1e300`, "seconds"},
+		"an end that overflows downwards":  {"", app + `,"exp":-1e300`, "seconds"},
+		"an end that is almost too far":    {"", app + `,"exp":253402300799`, ""},
+		"from a future that overflows":     {"", app + exp + `,"nbf":1e300`, "future"},
+		"issued when time overflows":       {"", app + exp + `,"iat":1e300`, "seconds"},
+		"an App ID that moves the cursor":  {"", `,"app":"a\u009b2J"` + exp, "control"},
+		"an App ID written right to left":  {"", `,"app":"a\u202ebc"` + exp, "not seen"},
+		"an App ID that seems to be other": {"", `,"app":"app\u200b"` + exp, "not seen"},
+		"an App ID of two words":           {"", `,"app":"a\u00a0b"` + exp, "space"},
+		"a token ID that is not seen":      {"", app + exp + `,"jti":"\u00ad"`, "not seen"},
+	} {
+		_, err := NewKeys(pub).Verify(sign(c.head, c.claims), epoch)
+		if c.want == "" && err != nil || c.want != "" && (tunnel.CodeOf(err) != tunnel.TokenRejected || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+	for _, app := range []string{"a#b", "a\u00a0b", "a\u009b2J"} {
+		c := good()
+		c.App = app
+		if _, err := Issue(key, c); tunnel.CodeOf(err) != tunnel.ConfigInvalid {
+			t.Errorf("App ID %q, which no list of revocations could name: %v", app, err)
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"io"
 	"os"
 
@@ -59,8 +60,8 @@ func writeNew(file string, data []byte, mode os.FileMode) error {
 	return nil
 }
 
-func load(file string) (*pem.Block, error) {
-	f, err := os.Open(file)
+func load(file string, open func(string) (*os.File, error)) (*pem.Block, error) {
+	f, err := open(file)
 	if err != nil {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the key can not be read: %w", err)
 	}
@@ -76,12 +77,25 @@ func load(file string) (*pem.Block, error) {
 	return block, nil
 }
 
+// open opens a file that a running cloud proxy reads. A pipe would hold it up until
+// somebody writes, and nothing else would be followed meanwhile.
+func open(file string) (*os.File, error) {
+	st, err := os.Stat(file)
+	if err != nil {
+		return nil, err
+	}
+	if st.Mode()&os.ModeNamedPipe != 0 {
+		return nil, errors.New(file + " is a pipe, which is not read; use a file")
+	}
+	return os.Open(file)
+}
+
 // LoadKey reads a private key. A file that others may read is refused.
 func LoadKey(file string) (ed25519.PrivateKey, error) {
 	if st, err := os.Stat(file); err == nil && st.Mode().Perm()&0o007 != 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s is a private key that every user can read or write; run chmod 600 on it", file)
 	}
-	block, err := load(file)
+	block, err := load(file, os.Open)
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +109,7 @@ func LoadKey(file string) (ed25519.PrivateKey, error) {
 
 // LoadPublicKey reads a public key.
 func LoadPublicKey(file string) (ed25519.PublicKey, error) {
-	block, err := load(file)
+	block, err := load(file, open)
 	if err != nil {
 		return nil, err
 	}

@@ -81,7 +81,7 @@ func (r *Revoked) add(words []string) error {
 
 // LoadRevoked reads a list from a file.
 func LoadRevoked(file string) (*Revoked, error) {
-	f, err := os.Open(file)
+	f, err := open(file)
 	if err != nil {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the revocation list can not be read: %w", err)
 	}
@@ -143,8 +143,11 @@ func appendLine(file, head, line string, mode os.FileMode) error {
 		}
 	}
 	if err == nil {
-		if _, err = f.WriteString(text); err != nil {
-			f.Truncate(st.Size()) // a full disk takes a part of it
+		var n int
+		if n, err = f.WriteString(text); err != nil && n > 0 { // a full disk takes a part of it
+			if st, e := f.Stat(); e == nil { // anew: another process may have added its line
+				f.Truncate(st.Size() - int64(n))
+			}
 		}
 	}
 	if e := f.Sync(); err == nil {

@@ -6,7 +6,10 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/golang-jwt/jwt/v5"
 
@@ -20,6 +23,9 @@ const (
 	MaxText = 128
 	// Skew is how far two clocks may differ.
 	Skew = 5 * time.Minute
+	// maxTime is the end of the year 9999, in Unix seconds. What is said in
+	// milliseconds lies beyond, and would never expire.
+	maxTime = 253402300799
 )
 
 // Claims are what a token says.
@@ -68,8 +74,8 @@ func (c *Claims) check() error {
 			return tunnel.Errorf(tunnel.ConfigInvalid, "the %s has %d bytes; at most %d are allowed", f.name, len(f.value), MaxText)
 		}
 		for _, r := range f.value {
-			if r <= ' ' || r == 0x7f || r == '\ufffd' {
-				return tunnel.Errorf(tunnel.ConfigInvalid, "the %s holds a space, a control character or invalid UTF-8; leave it out", f.name)
+			if r == ' ' || !unicode.IsPrint(r) || r == utf8.RuneError {
+				return tunnel.Errorf(tunnel.ConfigInvalid, "the %s holds a space, a control character, one that is not seen or invalid UTF-8; leave it out", f.name)
 			}
 		}
 	}
@@ -80,6 +86,8 @@ func (c *Claims) check() error {
 		return tunnel.Errorf(tunnel.ConfigInvalid, "a concurrency of %d is not between 1 and 1,000,000", c.Concurrency)
 	case c.Expires.IsZero():
 		return tunnel.Errorf(tunnel.ConfigInvalid, "a token needs an expiry; name one")
+	case c.Expires.Unix() < 0 || c.Expires.Unix() > maxTime || !c.Issued.IsZero() && (c.Issued.Unix() < 0 || c.Issued.Unix() > maxTime):
+		return tunnel.Errorf(tunnel.ConfigInvalid, "a time is before 1970 or after 9999; times of a token are in seconds")
 	}
 	if c.Key != "" {
 		return ParseThumbprint(c.Key)
@@ -100,6 +108,9 @@ func Issue(key ed25519.PrivateKey, c Claims) (string, error) {
 	}
 	if err := c.check(); err != nil {
 		return "", err
+	}
+	if strings.Contains(c.App, "#") || strings.Contains(c.ID, "#") {
+		return "", tunnel.Errorf(tunnel.ConfigInvalid, "an App ID or token ID with # could not be revoked, where that begins a comment; leave it out")
 	}
 	w := wireClaims{App: c.App, Region: c.Region, Operator: c.Operator, Concurrency: c.Concurrency}
 	w.ID, w.ExpiresAt = c.ID, jwt.NewNumericDate(c.Expires)
@@ -130,7 +141,10 @@ func NewKeys(keys ...ed25519.PublicKey) Keys {
 	return k
 }
 
-var errUnknownKey = errors.New("unknown key")
+var (
+	errUnknownKey  = errors.New("unknown key")
+	errUnknownRule = errors.New("crit") // RFC 7515 §4.1.11
+)
 
 // Verify checks a token at a time; the clocks may differ by Skew. It fails with
 // TokenExpired or TokenRejected. With TokenExpired the claims are genuine.
@@ -148,6 +162,9 @@ func (k Keys) verify(token string, now time.Time) (Claims, string, error) {
 	var w wireClaims
 	var by string
 	_, err := jwt.ParseWithClaims(token, &w, func(t *jwt.Token) (any, error) {
+		if _, critical := t.Header["crit"]; critical {
+			return nil, errUnknownRule
+		}
 		kid, _ := t.Header["kid"].(string)
 		if key, ok := k[kid]; ok && len(key) == ed25519.PublicKeySize {
 			by = kid
@@ -162,12 +179,20 @@ func (k Keys) verify(token string, now time.Time) (Claims, string, error) {
 	case err == nil, expired:
 	case errors.Is(err, errUnknownKey):
 		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is signed with a key that is not known here; get a token for this cloud proxy"))
+	case errors.Is(err, errUnknownRule):
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token's header demands what is not known here (crit); get another one"))
 	case errors.Is(err, jwt.ErrTokenUsedBeforeIssued), errors.Is(err, jwt.ErrTokenNotValidYet):
-		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is from the future; check the clocks of this host and of the one that issued it"))
+		return fail(errFuture)
 	case errors.Is(err, jwt.ErrTokenSignatureInvalid):
 		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token's signature is not right; copy it again or get a new one"))
 	default:
 		return fail(errNoToken)
+	}
+	if nbf := w.NotBefore; nbf != nil && (nbf.Unix() < 0 || nbf.Unix() > maxTime) { // the library lets pass what overflows
+		return fail(errFuture)
+	}
+	if len(w.Audience) > 0 { // RFC 7519 §4.1.3
+		return fail(tunnel.Errorf(tunnel.TokenRejected, "the token is for another service (aud); get one for this cloud proxy"))
 	}
 	c := w.claims()
 	if w.Confirm != nil && c.Key == "" {
@@ -202,6 +227,8 @@ func Unverified(token string) (Claims, error) {
 	}
 	return c, nil
 }
+
+var errFuture = tunnel.Errorf(tunnel.TokenRejected, "the token is from the future; check the clocks of this host and of the one that issued it")
 
 var errNoToken = tunnel.Errorf(tunnel.TokenRejected, "this is not a token of Culvert; copy it again or get a new one")
 

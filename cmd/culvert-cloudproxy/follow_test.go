@@ -249,3 +249,27 @@ func TestBothEndsFollowTheirFilesWhileASessionLives(t *testing.T) {
 		t.Errorf("the audit has %v, want %v\n%s", kinds, want, audit)
 	}
 }
+
+// A mistake in one file must not keep tokens valid that were revoked in another.
+func TestRevocationsAreFollowedWhileTheConfigurationIsWrong(t *testing.T) {
+	dir, address := initMake(t)
+	log := initCloud(t, dir, address)
+	s := initSidecar(t, dir, nil)
+	if err := initStart(t, s); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "cloudproxy.yaml")
+	yaml, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace(t, file, append(yaml, "no_key_of_ours: 1\n"...))
+	logged(t, log, "what was in force before stays so", 1)
+	if _, err := runToken("", "revoke", "--dir", dir, "--app", "clinic"); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the sidecar has failed", func() bool { return s.Switch.Status().State == sidecar.Failed })
+	if st := s.Switch.Status(); st.Code != tunnel.TokenRejected || !strings.Contains(st.Cause, "revoked") {
+		t.Errorf("%+v", st)
+	}
+}

@@ -117,6 +117,13 @@ func tokenNew(c *cli.Context) error {
 		App: c.String("app"), Region: c.String("region"), Operator: c.String("operator"), Concurrency: c.Int("concurrency"),
 		Issued: now, Expires: now.Add(c.Duration("for")), Key: c.String("cnf"), ID: identity.NewID(),
 	}
+	if list, err := identity.LoadRevoked(filepath.Join(filepath.Dir(file), revokedName)); err == nil && list.Revokes(claims, claims.Key) {
+		claims.Issued = now.Add(time.Second)  // all of the App ID were revoked within this second, which is waited for:
+		time.Sleep(time.Until(claims.Issued)) // what is dated ahead would escape the next revocation
+		if list.Revokes(claims, claims.Key) {
+			fmt.Fprintln(c.App.ErrWriter, "culvert-cloudproxy: this token is no good where token.revoked is in force: it is bound to a key that has been revoked")
+		}
+	}
 	token, err := identity.Issue(key, claims)
 	if err != nil {
 		return err

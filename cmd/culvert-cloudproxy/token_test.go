@@ -227,6 +227,38 @@ func TestTokensAreListedAndRevoked(t *testing.T) {
 	}
 }
 
+// Times of tokens are whole seconds: what is signed in the second of a revocation
+// must not fall under it.
+func TestATokenThatIsMadeAfterARevocationIsGood(t *testing.T) {
+	dir := tokenDir(t)
+	for range 2 {
+		old, err := runToken("", "new", "--dir", dir, "--app", "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := runToken("", "revoke", "--dir", dir, "--app", "a"); err != nil {
+			t.Fatal(err)
+		}
+		token, err := runToken("", "new", "--dir", dir, "--app", "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r, err := inspect(t, token, "--dir", dir); err != nil || !r.Valid {
+			t.Errorf("%+v, %v", r, err)
+		}
+		if r, err := inspect(t, old, "--dir", dir); err == nil || r.Valid {
+			t.Errorf("the one before: %+v", r)
+		}
+	}
+	thumb := identity.Thumbprint(make(ed25519.PublicKey, ed25519.PublicKeySize))
+	if _, err := runToken("", "revoke", "--dir", dir, "--cnf", thumb); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := runToken("", "new", "--dir", dir, "--app", "b", "--cnf", thumb); err != nil || !strings.Contains(text, "no good") {
+		t.Errorf("for a key that has been revoked: %q, %v", text, err)
+	}
+}
+
 func TestWrongUseOfRevokeAndListIsRefused(t *testing.T) {
 	dir := tokenDir(t)
 	token, _ := runToken("", "new", "--dir", dir, "--app", "a")

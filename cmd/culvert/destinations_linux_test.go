@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -17,7 +18,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
 
 	"culvert/cmd/internal/netpair"
 	"culvert/sidecar"
@@ -34,6 +37,8 @@ var notPublic = []string{
 	"100.64.0.0", "100.127.255.255", "169.254.0.1", "169.254.255.255", "192.0.0.1", "192.0.0.255",
 	"192.0.2.1", "198.51.100.1", "203.0.113.255", "192.88.99.1", "198.18.0.1", "198.19.255.255",
 	netpair.NearAddr.String(), netpair.FarAddr.String(),
+	netpair.OutsideAddr4.Addr().String(), netpair.OutsideAddr6.Addr().String(), // public, and the cloud proxy's own
+	routedHere, netpair.OutsideAddr6.Masked().Addr().String(), // the same, though no interface has them: the second is its routers' (RFC 4291 §2.6.1)
 	"169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "192.0.0.192",
 	// Multicast, reserved, broadcast, and the broadcast of a network of the cloud proxy.
 	"224.0.0.1", "224.0.0.251", "239.255.255.250", "240.0.0.1", "255.255.255.254", "255.255.255.255", directedBroadcast,
@@ -53,6 +58,7 @@ var notPublic = []string{
 const (
 	directedBroadcast = "198.51.101.255" // of netpair.OutsideAddr4: only the cloud proxy can know
 	mappedPublic      = "::ffff:8.8.8.8" // denied by its form alone
+	routedHere        = "198.51.102.7"   // its network is routed to the cloud proxy's machine, as a balancer's is in some clouds
 )
 
 // spelled are further ways to write such addresses, or names that every machine has.
@@ -134,6 +140,19 @@ func TestNothingIsSentToWhatIsNotPublic(t *testing.T) {
 	t.Logf("%d cases of what is not public: no packet; %d that are allowed: %d packets; in %s", cases, 2*len(allowed), controls, time.Since(began).Round(time.Millisecond))
 }
 
+// routeHere makes this namespace a router, and one to which a further network leads.
+func routeHere() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	network := netlink.NewIPNet(net.ParseIP(routedHere))
+	network.Mask = net.CIDRMask(24, 32)
+	network.IP = network.IP.Mask(network.Mask)
+	err = netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: network, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST})
+	return errors.Join(err, os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
+}
+
 func nameOf(i int) string     { return fmt.Sprintf("n%d.culvert.test", i) }
 func publicName(i int) string { return fmt.Sprintf("public%d.culvert.test", i) }
 
@@ -150,6 +169,9 @@ func newForbidding(t *testing.T, bin string) *forbidding {
 	t.Helper()
 	o := &forbidding{only443: &only443{t: t, pair: netpair.New(t), dir: t.TempDir(), culvert: filepath.Join(bin, "culvert"), socket: runSocket(t)}}
 	o.pair.Far.Outside(t)
+	if err := o.pair.Far.Do(routeHere); err != nil {
+		t.Fatal(err)
+	}
 	names := map[string][]netip.Addr{mixed: {netip.MustParseAddr("10.0.0.9"), netip.MustParseAddr(mixedPublic)}}
 	for i, a := range notPublic {
 		names[nameOf(i)] = []netip.Addr{netip.MustParseAddr(a)}

@@ -57,6 +57,16 @@ func (l Limits) asks() *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(4*l.OpensPerSecond), 4*(l.OpensPerSecond+l.Streams))
 }
 
+// says bounds what a sidecar may say on its control stream: far more than the end
+// of each association that it may open, at once and over time. A sidecar beyond it
+// is cut.
+func (l Limits) says() *rate.Limiter {
+	return rate.NewLimiter(rate.Limit(max(4*l.OpensPerSecond, 2*renewCost)), max(4*(l.OpensPerSecond+l.Associations), 10*renewCost))
+}
+
+// renewCost is as how many messages a renewal counts, which may be 16 KiB long.
+const renewCost = 100
+
 // abortRate and abortBurst bound the streams that end before they have said what
 // they are for: those of apps that change their mind within a round trip.
 const abortRate, abortBurst = 100, 1000
@@ -89,6 +99,7 @@ type Far struct {
 	plane  *plane
 	opens  *rate.Limiter
 	renew  *rate.Limiter
+	says   *rate.Limiter // control messages
 	asks   *rate.Limiter // streams of carriers, whatever they are for
 	aborts *rate.Limiter // those of them that have not said what they are for
 	pacer  *bulk.Pacer
@@ -125,7 +136,7 @@ func NewFar(cfg FarConfig) *Far {
 	cfg.Limits = cfg.Limits.withDefaults()
 	f := &Far{
 		cfg: cfg, control: newControl(),
-		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), asks: cfg.Limits.asks(), aborts: rate.NewLimiter(abortRate, abortBurst),
+		opens: rate.NewLimiter(rate.Limit(cfg.Limits.OpensPerSecond), cfg.Limits.OpensPerSecond), renew: rate.NewLimiter(1, 2), says: cfg.Limits.says(), asks: cfg.Limits.asks(), aborts: rate.NewLimiter(abortRate, abortBurst),
 		lines: map[uint64]*resume.Conn{}, assocs: map[uint32]*farPackets{}, ended: map[uint32]struct{}{},
 	}
 	if cfg.Memory == nil {
@@ -376,7 +387,13 @@ func refuse(s tunnel.Stream, why error) {
 }
 
 func (f *Far) handle(m wire.Message) error {
+	cost := 1
+	if m.Renew != nil {
+		cost = renewCost
+	}
 	switch {
+	case !f.says.AllowN(time.Now(), cost):
+		return tunnel.Errorf(tunnel.LimitExceeded, "the sidecar says far more on its control stream than %d associations a second give reason to", f.cfg.Limits.OpensPerSecond)
 	case m.End != nil:
 		return errEnded
 	case m.Renew != nil:

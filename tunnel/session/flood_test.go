@@ -8,6 +8,7 @@ import (
 
 	"culvert/tunnel"
 	"culvert/tunnel/tunneltest"
+	"culvert/tunnel/wire"
 )
 
 // A reconnect with every stream that there may be is no flood, and what goes on
@@ -56,6 +57,48 @@ func TestASidecarThatFloodsWithStreamsIsCutAndOthersAreNot(t *testing.T) {
 		}
 		s.Close()
 	})
+}
+
+// What every association's end takes is no flood, and what goes on beyond that is.
+func TestASidecarThatFloodsItsControlStreamIsCut(t *testing.T) {
+	limits := Limits{OpensPerSecond: 100, Associations: 100}
+	closed := wire.Message{Closed: &wire.Closed{Association: 7}}
+	for name, c := range map[string]struct {
+		m     wire.Message
+		n     int
+		every time.Duration
+		cut   bool
+	}{
+		"each association ends":    {closed, 200, 0, false},
+		"associations come and go": {closed, 5000, 10 * time.Millisecond, false},
+		"a flood of ends":          {closed, 5000, 100 * time.Microsecond, true},
+		"a token each second":      {wire.Message{Renew: &wire.Renew{Token: "x"}}, 60, time.Second, false},
+		"a flood of tokens":        {wire.Message{Renew: &wire.Renew{Token: "x"}}, 100, 5 * time.Millisecond, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ended := make(chan error, 1)
+				p := join(t, NewNear(0), tunneltest.Config{}, FarConfig{Limits: limits, Renew: func(string) error { return nil }, Ended: func(err error) { ended <- err }})
+				defer p.end()
+				began := time.Now()
+				for range c.n {
+					p.at.control.send(c.m)
+					time.Sleep(c.every)
+				}
+				synctest.Wait()
+				select {
+				case err := <-ended:
+					if took := time.Since(began); !c.cut || !errors.Is(err, tunnel.LimitExceeded) || took > time.Second {
+						t.Errorf("after %v: %v", took, err)
+					}
+				default:
+					if c.cut {
+						t.Error("it goes on")
+					}
+				}
+			})
+		})
+	}
 }
 
 // What an app leaves before its stream has said what it is for is bounded, well

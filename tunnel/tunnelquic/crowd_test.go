@@ -6,6 +6,9 @@ import (
 	"io"
 	"net"
 	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
 
 	"culvert/tunnel"
 )
@@ -49,5 +52,45 @@ func TestUnansweredConnectionsOfOneAddressKeepNoOtherOut(t *testing.T) {
 	}
 	if n := l.Stats().Unanswered; n != 3 {
 		t.Errorf("%d connections wait to be answered", n)
+	}
+}
+
+// Nor does one whose handshakes all stop halfway.
+func TestOpenHandshakesOfOneAddressKeepNoOtherOut(t *testing.T) {
+	s, _, _ := configs(t)
+	const limit = 100
+	l := listen(t, Config{TLS: s, Limits: Limits{Handshakes: limit}})
+	ctx, cancel := context.WithCancel(t.Context())
+	open := func(ip string, n int) (begun int) {
+		for port := range n {
+			from := &net.UDPAddr{IP: net.ParseIP(ip), Port: 1000 + port}
+			if _, err := l.countHandshake(ctx, &quic.ClientInfo{RemoteAddr: from, AddrVerified: true}); err == nil {
+				begun++
+			}
+		}
+		return begun
+	}
+	if n := open("203.0.113.1", 2*limit); n != limit-limit/4 {
+		t.Errorf("one address has begun %d handshakes", n)
+	}
+	if n := open("203.0.113.2", limit); n != fewOpen {
+		t.Errorf("another has begun %d, want %d", n, fewOpen)
+	}
+	if n := open("2001:db8::1", 3) + open("2001:db8::2", limit); n != limit/4-fewOpen {
+		t.Errorf("a network of IPv6 has begun %d, want what is left: %d", n, limit/4-fewOpen)
+	}
+	if n := open("203.0.113.3", 1); n != 0 {
+		t.Error("there is no limit")
+	}
+	cancel()
+	for end := time.Now().Add(testPatience); l.handshakes.Load() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d handshakes are open", l.handshakes.Load())
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.opening) != 0 {
+		t.Errorf("left: %v", l.opening)
 	}
 }

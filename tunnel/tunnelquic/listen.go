@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,7 +32,7 @@ type Listener struct {
 	finishing sync.Once
 
 	windows    windows
-	handshakes atomic.Int64 // open ones
+	handshakes atomic.Int64 // open ones; changed under mu
 	unanswered *crowd.Crowd // connections whose opening has not been answered
 	proved     atomic.Uint64
 	refused    atomic.Uint64
@@ -39,6 +40,7 @@ type Listener struct {
 
 	mu       sync.Mutex
 	live     map[*link]struct{}
+	opening  map[netip.Prefix]int // open handshakes by source; none is 0
 	draining bool
 	failure  error // why accepting ended without Close
 }
@@ -66,6 +68,7 @@ func Listen(conn *net.UDPConn, c Config) (*Listener, error) {
 		closed:     make(chan struct{}),
 		gone:       make(chan struct{}),
 		live:       make(map[*link]struct{}),
+		opening:    make(map[netip.Prefix]int),
 
 		windows: windows{limit: maxWindows},
 	}
@@ -102,12 +105,12 @@ type handshakeKey struct{}
 
 // countHandshake counts a handshake as open until it has succeeded or failed.
 func (l *Listener) countHandshake(ctx context.Context, from *quic.ClientInfo) (context.Context, error) {
-	if l.handshakes.Add(1) > int64(l.cfg.Limits.Handshakes) {
-		l.handshakes.Add(-1)
+	address := tunnel.AddrPortOf(from.RemoteAddr)
+	source := crowd.SourceOf(address.Addr())
+	if !l.begin(source) {
 		l.warn("refused a QUIC connection: too many handshakes are open", l.cfg.Limits.Handshakes)
 		return nil, errors.New("too many handshakes are open")
 	}
-	address := tunnel.AddrPortOf(from.RemoteAddr)
 	if from.AddrVerified {
 		l.proved.Add(1)
 		l.sock.unproved.over(address)
@@ -115,11 +118,38 @@ func (l *Listener) countHandshake(ctx context.Context, from *quic.ClientInfo) (c
 		l.sock.unproved.begun(address)
 	}
 	done := sync.OnceFunc(func() {
-		l.handshakes.Add(-1)
+		l.over(source)
 		l.sock.unproved.over(address)
 	})
 	context.AfterFunc(ctx, done)
 	return context.WithValue(ctx, handshakeKey{}, done), nil
+}
+
+// fewOpen is how many open handshakes a source may have where it finds more than
+// three quarters of the places taken: those that stop halfway may all be another's.
+const fewOpen = 16
+
+// begin counts one more open handshake of a source, or reports that there is no
+// place for it.
+func (l *Listener) begin(source netip.Prefix) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	all, limit := l.handshakes.Load(), int64(l.cfg.Limits.Handshakes)
+	if all >= limit || all >= limit-limit/4 && l.opening[source] >= fewOpen {
+		return false
+	}
+	l.handshakes.Add(1)
+	l.opening[source]++
+	return true
+}
+
+func (l *Listener) over(source netip.Prefix) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.handshakes.Add(-1)
+	if l.opening[source]--; l.opening[source] == 0 {
+		delete(l.opening, source)
+	}
 }
 
 // accept empties quic-go's queue of 32: a full one refuses connections.

@@ -31,8 +31,8 @@ type Config struct {
 	// HandshakeTimeout bounds the way to a Candidate: TCP and TLS when
 	// dialling; TLS, and waiting for Accept, when listening. Default 5 s.
 	HandshakeTimeout time.Duration
-	// Handshakes is how many TLS handshakes a Listener does at once (default
-	// 64). Connections that have not sent a ClientHello do not count.
+	// Handshakes is how many ClientHellos a Listener answers at once (default 64).
+	// Connections that have not sent one, or have their answer, do not count.
 	Handshakes int
 	// Unauthenticated is how many connections a Listener holds before they are
 	// accepted (default 1000). A further one is closed at once, or the oldest of

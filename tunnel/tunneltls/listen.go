@@ -21,13 +21,13 @@ import (
 //	accept ──► hello ──► slot ──► handshake ──► ready ──► Accept
 //	           └────────── HandshakeTimeout in all ──────────┘
 //
-// A connection takes a slot only once its whole ClientHello is here, so silent
-// ones keep nobody out.
+// A connection takes a slot only once its whole ClientHello is here, and gives it
+// back when that is answered, so silent ones keep nobody out.
 type listener struct {
 	ln    net.Listener
 	cfg   Config
 	held  *crowd.Crowd  // connections that nobody has accepted yet
-	slots chan struct{} // handshakes in progress
+	slots chan struct{} // ClientHellos that are being answered
 	ready chan *candidate
 	ctx   context.Context
 	stop  context.CancelFunc
@@ -139,17 +139,31 @@ func (l *listener) handshake(ctx context.Context, conn net.Conn) (*candidate, er
 	}
 	select {
 	case l.slots <- struct{}{}:
-		defer func() { <-l.slots }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	rekeys := newRekeyMeter(&replay{Conn: conn, first: hello})
+	turn := &turn{Conn: conn, over: sync.OnceFunc(func() { <-l.slots })}
+	defer turn.over()
+	rekeys := newRekeyMeter(&replay{Conn: turn, first: hello})
 	g.Conn = rekeys
 	secured := tls.Server(g, l.cfg.TLS)
 	if err := secured.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
 	return &candidate{link: &link{Conn: secured, raw: raw, gather: g, rekeys: rekeys}, cfg: &l.cfg}, nil
+}
+
+// turn is a connection whose slot is over when TLS waits for the peer. What is left
+// to compute then is done without one: whoever has come that far is not to wait
+// behind those who begin.
+type turn struct {
+	net.Conn
+	over func()
+}
+
+func (t *turn) Read(p []byte) (int, error) {
+	t.over()
+	return t.Conn.Read(p)
 }
 
 // readHello reads the first TLS record. What does not begin as a handshake

@@ -207,6 +207,35 @@ func TestSilentConnectionsAreClosedAndKeepNobodyOut(t *testing.T) {
 	}
 }
 
+// Who has said its ClientHello and then nothing more has not begun to prove
+// anything, and must not take up what others need for that.
+func TestHandshakesThatStopHalfwayKeepNobodyOut(t *testing.T) {
+	client, server := both(t)
+	server.Handshakes, server.HandshakeTimeout = 1, patience
+	l := listen(t, server)
+	near, far := net.Pipe()
+	defer far.Close()
+	go tls.Client(near, client.TLS).Handshake()
+	hello := make([]byte, 1<<14)
+	n, err := far.Read(hello)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(patience))
+		c.Write(hello[:n])
+		if _, err := c.Read(make([]byte, 1)); err != nil { // it has had its turn
+			t.Fatal(err)
+		}
+	}
+	meet(t, dialer(t, client), l)
+}
+
 func TestGarbageIsClosedAtOnce(t *testing.T) {
 	_, server := both(t)
 	l := listen(t, server)

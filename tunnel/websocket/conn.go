@@ -23,6 +23,7 @@ type Conn struct {
 	via   string
 	over  atomic.Bool // Close was called
 	flood *pings      // of the peer; nil: it is the one that was dialled
+	meter *metered    // the same
 }
 
 func newConn(ws *websocket.Conn, below tunnel.Layered, via string) *Conn {
@@ -31,7 +32,13 @@ func newConn(ws *websocket.Conn, below tunnel.Layered, via string) *Conn {
 
 // Read and Write fail as those of other connections do: NetConn ends them by a context.
 func (c *Conn) Read(p []byte) (int, error) {
+	if c.meter == nil {
+		n, err := c.Conn.Read(p)
+		return n, c.plain(err)
+	}
+	c.meter.wanted.Store(int64(len(p))) // may all come before any of it is handed out
 	n, err := c.Conn.Read(p)
+	c.meter.passed(n)
 	return n, c.plain(err)
 }
 
@@ -48,6 +55,8 @@ func (c *Conn) plain(err error) error {
 		return net.ErrClosed
 	case c.flood != nil && c.flood.over.Load():
 		return errPings
+	case c.meter != nil && c.meter.over.Load():
+		return errExcess
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return os.ErrDeadlineExceeded
 	}
@@ -103,4 +112,36 @@ func (p *pings) count() bool {
 		p.below.Close() // which ends the Read that we are in
 	}
 	return false
+}
+
+// A peer may send excessRate bytes for each that comes out of the WebSocket, and
+// maxExcess beside: a frame of one byte has seven (RFC 6455 §5.2). Beyond that it
+// sends what carries nothing, such as empty frames.
+const excessRate, maxExcess = 8, 64 << 10
+
+var errExcess = tunnel.Errorf(tunnel.LimitExceeded, "the WebSocket's peer sends frames that carry nothing; nothing of ours does that")
+
+// metered is the connection below, and cut when too much comes by it for nothing.
+type metered struct {
+	tunnel.Layered
+	excess atomic.Int64 // changed by the one goroutine that reads
+	wanted atomic.Int64 // by the Read that runs above
+	over   atomic.Bool
+}
+
+func (m *metered) Read(p []byte) (int, error) {
+	n, err := m.Layered.Read(p)
+	if m.excess.Add(int64(n)) > maxExcess+m.wanted.Load() {
+		m.over.Store(true)
+		m.Layered.Close()
+		return 0, errExcess
+	}
+	return n, err
+}
+
+// passed counts bytes that came out of the WebSocket.
+func (m *metered) passed(n int) {
+	if m.excess.Add(-excessRate*int64(n)) < 0 {
+		m.excess.Store(0)
+	}
 }

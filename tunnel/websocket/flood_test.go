@@ -15,11 +15,13 @@ import (
 
 // A peer that keeps this end busy with signs of life is cut, and told from one that
 // has gone.
-func TestFloodsOfPingsEndTheConnection(t *testing.T) {
+func TestFloodsOfFramesThatCarryNothingEndTheConnection(t *testing.T) {
 	for name, frame := range map[string][]byte{ // masked with zeros (RFC 6455 §5.2)
 		"pings":                  {0x89, 0x80, 0, 0, 0, 0},
 		"pings with a payload":   append([]byte{0x89, 0x80 | 125, 0, 0, 0, 0}, make([]byte, 125)...),
 		"pongs without a ping":   {0x8a, 0x80, 0, 0, 0, 0},
+		"messages without data":  {0x82, 0x80, 0, 0, 0, 0},
+		"parts without data":     {0x00, 0x80, 0, 0, 0, 0},
 		"pings with data beside": {0x89, 0x80, 0, 0, 0, 0, 0x82, 0x81, 0, 0, 0, 0, 'x'},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -44,6 +46,9 @@ func TestFloodsOfPingsEndTheConnection(t *testing.T) {
 			far.SetDeadline(time.Now().Add(patience))
 			go io.Copy(io.Discard, in)
 			go func() {
+				if frame[0] == 0 { // the parts of one message
+					conn.Write([]byte{0x02, 0x81, 0, 0, 0, 0, 'x'})
+				}
 				for many := bytes.Repeat(frame, 100); ; {
 					if _, err := conn.Write(many); err != nil {
 						return

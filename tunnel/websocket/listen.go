@@ -5,14 +5,15 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/coder/websocket"
 
 	"culvert/tunnel"
+	"culvert/tunnel/crowd"
 )
 
 // maxHead bounds the head of a request and of an answer, in bytes.
@@ -24,8 +25,8 @@ type ListenConfig struct {
 	Path string
 	// Timeout bounds the way to a WebSocket; 5 s.
 	Timeout time.Duration
-	// Waiting is how many connections may be on that way; more are closed at
-	// once. 1000.
+	// Waiting is how many connections may be on that way; 1000. A further one is
+	// closed at once, or the oldest of the source that has the most where that is another.
 	Waiting int
 	// Log takes what happens below; nil discards it.
 	Log *slog.Logger
@@ -41,10 +42,13 @@ type Listener struct {
 	server  *http.Server
 	ready   chan net.Conn
 	taken   chan net.Conn
-	waiting atomic.Int64
+	waiting *crowd.Crowd
 	ctx     context.Context
 	stop    context.CancelFunc
 	wg      sync.WaitGroup
+
+	mu     sync.Mutex                // guards places
+	places map[net.Conn]*crowd.Place // of those that wait
 }
 
 // NewListener returns a listener to which nothing is connected yet.
@@ -64,7 +68,7 @@ func NewListener(cfg ListenConfig) (*Listener, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	l := &Listener{cfg: cfg, ready: make(chan net.Conn), taken: make(chan net.Conn)}
+	l := &Listener{cfg: cfg, ready: make(chan net.Conn), taken: make(chan net.Conn), waiting: crowd.New(cfg.Waiting), places: map[net.Conn]*crowd.Place{}}
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	l.server = &http.Server{
 		Handler:           http.HandlerFunc(l.upgrade),
@@ -76,6 +80,8 @@ func NewListener(cfg ListenConfig) (*Listener, error) {
 		ErrorLog:          slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
 		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, belowKey{}, c) },
 		ConnState:         l.count,
+
+		DisableGeneralOptionsHandler: true, // upgrade answers all, and ends the connection
 	}
 	l.Serve(inlet{l})
 	return l, nil
@@ -107,20 +113,36 @@ func (l *Listener) Take(c net.Conn) {
 func (l *Listener) count(c net.Conn, s http.ConnState) {
 	switch s {
 	case http.StateNew:
-		if l.waiting.Add(1) > int64(l.cfg.Waiting) {
-			c.Close()
+		var from netip.Addr
+		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+			from = a.AddrPort().Addr()
 		}
+		place, ok := l.waiting.Enter(from, func() { l.wg.Go(func() { c.Close() }) })
+		if !ok {
+			c.Close()
+			return
+		}
+		l.mu.Lock()
+		l.places[c] = place
+		l.mu.Unlock()
 	case http.StateHijacked, http.StateClosed:
-		l.waiting.Add(-1)
+		l.mu.Lock()
+		place := l.places[c]
+		delete(l.places, c)
+		l.mu.Unlock()
+		if place != nil {
+			place.Leave()
+		}
 	}
 }
 
 func (l *Listener) upgrade(w http.ResponseWriter, r *http.Request) {
+	w = lastAnswer{w}
 	if r.URL.Path != l.cfg.Path {
 		http.NotFound(w, r)
 		return
 	}
-	below := r.Context().Value(belowKey{}).(tunnel.Layered)
+	below := r.Context().Value(belowKey{}).(*metered)
 	flood := newPings(below)
 	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{ // which answers what is not a WebSocket, and other sites' pages
 		OnPingReceived: func(context.Context, []byte) bool { return flood.count() },
@@ -131,7 +153,8 @@ func (l *Listener) upgrade(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c := newConn(ws, below, "")
-	c.flood = flood
+	c.flood, c.meter = flood, below
+	below.excess.Store(0)
 	late := time.NewTimer(l.cfg.Timeout)
 	defer late.Stop()
 	select {
@@ -142,6 +165,19 @@ func (l *Listener) upgrade(w http.ResponseWriter, r *http.Request) {
 		c.Close()
 	}
 }
+
+// lastAnswer ends the connection with the answer, unless it becomes a WebSocket.
+type lastAnswer struct{ http.ResponseWriter }
+
+func (a lastAnswer) WriteHeader(status int) {
+	if status != http.StatusSwitchingProtocols {
+		a.Header().Set("Connection", "close")
+	}
+	a.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap is for http.ResponseController.
+func (a lastAnswer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 // Accept waits for the next connection.
 func (l *Listener) Accept() (net.Conn, error) {
@@ -187,5 +223,5 @@ func (c counting) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return tunnel.CountTCP(conn), nil
+	return &metered{Layered: tunnel.CountTCP(conn)}, nil
 }

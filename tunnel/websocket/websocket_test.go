@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -239,6 +240,49 @@ func TestWhatDoesNotBecomeAWebSocketIsBounded(t *testing.T) {
 		if !bytes.HasPrefix(got, []byte(want)) {
 			t.Errorf("%.50q is answered by %.100q, want %s", say, got, want)
 		}
+	}
+}
+
+// Nobody keeps a place by asking again and again, nor by being there first.
+func TestThoseThatDoNotBecomeAWebSocketKeepNobodyOut(t *testing.T) {
+	l := listener(t, ListenConfig{Timeout: time.Hour, Waiting: 3})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Serve(ln)
+	dial := func(from string) net.Conn {
+		c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Skipf("no %s here: %v", from, err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(patience))
+		return c
+	}
+	for _, ask := range []string{"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "GET /culvert HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"} {
+		c := dial("127.0.0.1")
+		io.WriteString(c, ask)
+		if got, err := io.ReadAll(c); err != nil || len(got) == 0 { // to its end
+			t.Errorf("%.10q: %q, %v", ask, got, err)
+		}
+	}
+	var silent []net.Conn
+	for range 3 {
+		silent = append(silent, dial("127.0.0.1"))
+	}
+	for end := time.Now().Add(patience); l.waiting.Len() < 3; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("they do not wait")
+		}
+	}
+	other := dial("127.0.0.2")
+	io.WriteString(other, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if got, err := io.ReadAll(other); !bytes.HasPrefix(got, []byte("HTTP/1.1 404")) {
+		t.Errorf("another address is answered by %q, %v", got, err)
+	}
+	if _, err := silent[0].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the oldest of the address that has most: %v", err)
 	}
 }
 

@@ -184,6 +184,9 @@ func NewCloudProxy(p CloudProxyParts) (*CloudProxy, error) {
 		return nil, errors.Join(shut(err), c.egress.Close())
 	}
 	c.guard = policy.NewGuard(c.egress, func(by tunnel.Peer) *policy.Policy { return c.rules.Load().of(by) })
+	c.guard.Own = func(proto policy.Proto, to tunnel.Target) bool {
+		return c.egress.OnHost(to.Addr) && (proto != policy.UDP || !c.egress.Joins(to.AddrPort()))
+	}
 	c.guard.Denied = newDenials(p.Log).denied
 	c.resolve = egress.NewResolve(c.guard, egress.ResolveConfig{})
 	c.server, err = cloudproxy.New(cloudproxy.Config{

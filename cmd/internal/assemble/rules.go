@@ -125,12 +125,30 @@ func (c *CloudProxy) follow(ctx context.Context, conf *config.CloudProxy) {
 		}
 		if err != nil {
 			notTaken(c.log, err)
+			c.revoke(was.Tokens.Revoked)
 			return
 		}
 		c.log.Info("the configuration was read again; policy, App IDs, keys and revocations are in force as they stand there", auditKey, "changed")
 		needsRestart(c.log, config.Changed(was, next, "policy", "tokens", "apps"))
 		was = next
 	})
+}
+
+// revoke puts a list of revocations in force by itself: whoever revokes a token need
+// not know of a mistake in another file, and is not to wait until it is mended.
+func (c *CloudProxy) revoke(file string) {
+	if file == "" {
+		return
+	}
+	list, err := identity.LoadRevoked(file)
+	if err != nil {
+		return // that is the mistake, or another
+	}
+	r := *c.rules.Load()
+	r.Revoked = list
+	if c.Change(r) == nil {
+		c.log.Info("the revocations are in force as they stand in their file all the same", auditKey, "changed")
+	}
 }
 
 func notTaken(log *slog.Logger, err error) {
