@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"culvert/tunnel"
@@ -23,6 +24,8 @@ const (
 	maxBody = 64 << 10
 	// maxRequests bounds the way to an answer that is not 407.
 	maxRequests = 6
+	// maxReason bounds what a sentence repeats of an answer, in characters.
+	maxReason = 160
 	// maxInterim bounds answers of 1xx before the real one.
 	maxInterim = 4
 )
@@ -65,6 +68,13 @@ func (d *Dialer) through(ctx context.Context, network, address string, proxy *ur
 			t = newTalk(ctx, c)
 		}
 		res, err := t.ask(address, field)
+		if t.asked > 1 && cut(err) && ctx.Err() == nil && (l.answer == "" || !l.method.handshake()) {
+			// It has closed the connection behind its 407 without saying so (RFC 9112 §9.3).
+			t.close()
+			t = nil
+			l.count++ // of a nonce, in case that it has read this one
+			continue
+		}
 		if err == nil && res.StatusCode/100 == 2 {
 			d.accepted(proxy, l.method)
 			return t.over()
@@ -103,6 +113,7 @@ type talk struct {
 	limit  io.LimitedReader
 	br     *bufio.Reader
 	unhook func() bool
+	asked  int // requests
 }
 
 func newTalk(ctx context.Context, c *Conn) *talk {
@@ -140,6 +151,7 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 	if authorization != "" {
 		req.Header.Set("Proxy-Authorization", authorization)
 	}
+	t.asked++
 	t.limit.N = maxHead
 	err := req.Write(t.conn.Conn)
 	var res *http.Response
@@ -155,8 +167,15 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 		return nil, errors.New("it sends interim answers only")
 	case t.limit.N <= 0:
 		return nil, fmt.Errorf("the head of its answer is longer than %d bytes", maxHead)
+	case len(err.Error()) > maxReason: // what could not be read is repeated in it
+		return nil, fmt.Errorf("%.*s…", maxReason, err.Error())
 	}
 	return nil, err
+}
+
+// cut says whether a connection was closed in the place of an answer.
+func cut(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // keep reads an answer to its end, and reports whether the connection can be
