@@ -162,7 +162,7 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 	}
 	switch {
 	case t.ctx.Err() != nil:
-		return nil, errors.Join(t.ctx.Err(), err)
+		return nil, t.ctx.Err()
 	case err == nil:
 		return nil, errors.New("it sends interim answers only")
 	case t.limit.N <= 0:
@@ -260,12 +260,16 @@ func misunderstood(proxy *url.URL, err error) error {
 	return tunnel.Errorf(tunnel.ProxyAuthRequired, "the authentication at %s did not come to an end; tell IT: %w", name(proxy), err)
 }
 
-// refused names an answer that is neither 2xx nor 407.
+// refused names an answer that is neither 2xx nor 407. Where somebody has to sign
+// in first, the cause is tunnel.CaptivePortal.
 func refused(proxy *url.URL, address string, res *http.Response) error {
-	status := fmt.Sprintf("%d %s", res.StatusCode, http.StatusText(res.StatusCode))
+	status := strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, http.StatusText(res.StatusCode)))
 	switch {
-	case res.StatusCode/100 == 3:
-		return tunnel.Errorf(tunnel.CloudUnreachable, "%s sends elsewhere (%s) instead of connecting to %s; somebody may have to log in to the network with a browser first", name(proxy), status, address)
+	case res.StatusCode/100 == 3, res.StatusCode == http.StatusNetworkAuthenticationRequired: // RFC 6585 §6
+		text := fmt.Sprintf("%s sends elsewhere (%s) instead of connecting to %s; somebody may have to log in to the network with a browser first", name(proxy), status, address)
+		return &tunnel.Error{Code: tunnel.CloudUnreachable, Text: text, Err: tunnel.CaptivePortal}
+	case res.StatusCode == http.StatusTooManyRequests:
+		return tunnel.Errorf(tunnel.CloudUnreachable, "%s has too much to do to connect to %s (%s); tell IT if it lasts", name(proxy), address, status)
 	case res.StatusCode >= 500 && res.StatusCode != http.StatusNotImplemented:
 		return tunnel.Errorf(tunnel.CloudUnreachable, "%s could not connect to %s (%s); check the address, or ask IT what the proxy lets out", name(proxy), address, status)
 	}
