@@ -335,6 +335,14 @@ var checkCases = map[string]checkCase{
 		prepare: func(b *checkBed) { b.rules = "udp dport 443 reject with icmp type admin-prohibited" },
 		exit:    5, code: tunnel.UDPBlocked, says: "UDP to 198.18.80.2:443 is rejected on the way", next: "open UDP 443",
 	},
+	"UDP 443 unreachable": { // an error of which the kernel does not tell unless it is asked to
+		prepare: func(b *checkBed) { b.rules = "udp dport 443 reject with icmp type net-unreachable" },
+		exit:    5, code: tunnel.UDPBlocked, says: "UDP to 198.18.80.2:443 is rejected on the way", next: "open UDP 443",
+	},
+	"QUIC filtered": {
+		prepare: func(b *checkBed) { b.rules = "udp dport 443 @th,64,8 & 0x80 == 0x80 drop" }, // long headers (RFC 8999 §5.1)
+		exit:    5, code: tunnel.UDPBlocked, says: "UDP packets pass to 198.18.80.2:443, but QUIC does not", next: "allow QUIC",
+	},
 	"only small UDP": {
 		prepare: func(b *checkBed) { b.rules = "udp dport 443 meta length > 1000 drop" },
 		exit:    5, code: tunnel.UDPBlocked, says: "only small UDP packets pass to 198.18.80.2:443: of the sizes tried 600", next: "1,500 bytes",

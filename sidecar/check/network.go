@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -40,9 +41,12 @@ func (r *run) names(ctx context.Context) Outcome {
 		switch {
 		case errors.As(err, &dns) && dns.IsNotFound:
 			o.Says = fmt.Sprintf("the DNS server says that there is no %s", r.host)
-		case errors.As(err, &dns) && dns.Server != "":
-			o.Says = fmt.Sprintf("the DNS server %s does not answer for %s", dns.Server, r.host)
+		case errors.As(err, &dns) && dns.IsTimeout:
+			o.Says = fmt.Sprintf("no DNS server answers when it is asked for %s", r.host)
 			o.Do = "have DNS opened for this machine, or write the cloud proxy's address as a number"
+		case errors.As(err, &dns) && dns.Server != "":
+			o.Says = fmt.Sprintf("the DNS server %s can not resolve %s: %s", dns.Server, r.host, dns.Err)
+			o.Do = "have IT look at that DNS server, or write the cloud proxy's address as a number"
 		default:
 			o.Says = fmt.Sprintf("%s can not be resolved: %v", r.host, err)
 		}
@@ -73,11 +77,21 @@ func (r *run) tcp(ctx context.Context) Outcome {
 	}
 	o := Outcome{Status: Failed, Code: tunnel.CloudUnreachable}
 	o.Says, o.Do = refusedOr(err, "TCP", r.cfg.Address)
+	if r.filtered() {
+		o.Says += fmt.Sprintf("; DNS says that %s is this machine itself (%s), as filters of names do", r.host, r.addrs[0])
+		o.Do = fmt.Sprintf("have IT take %s out of the DNS filter", r.host)
+	}
 	if r.cfg.Proxy != nil {
 		o.Status, o.Do = Skipped, ""
 		o.Says += "; Culvert goes through the enterprise proxy"
 	}
 	return o
+}
+
+// filtered says whether a name leads to no other machine.
+func (r *run) filtered() bool {
+	_, err := netip.ParseAddr(r.host)
+	return err != nil && len(r.addrs) > 0 && !slices.ContainsFunc(r.addrs, func(a netip.Addr) bool { return !a.IsLoopback() && !a.IsUnspecified() })
 }
 
 // refusedOr says how a network stands in the way of a packet.
@@ -87,9 +101,11 @@ func refusedOr(err error, protocol, address string) (says, do string) {
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Sprintf("%s to %s is refused: a firewall rejects it, or nothing listens there", protocol, address), open + "; or check that the cloud proxy runs"
-	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTDOWN), errors.Is(err, syscall.ENOPROTOOPT): // the kernel's words for the codes of ICMP
 		return fmt.Sprintf("%s to %s is rejected on the way, or there is no route: %v", protocol, address, reason(err)), open
-	case errors.Is(err, syscall.EPERM), errors.Is(err, syscall.EACCES):
+	case errors.Is(err, syscall.EACCES): // ICMPv6's "administratively prohibited" as well
+		return fmt.Sprintf("%s to %s is forbidden, on the way or by this machine's own firewall", protocol, address), open
+	case errors.Is(err, syscall.EPERM):
 		return fmt.Sprintf("this machine's own firewall forbids %s to %s", protocol, address), open
 	case errors.Is(err, syscall.ECONNRESET):
 		return fmt.Sprintf("%s to %s is cut by something on the way", protocol, address), open
@@ -259,7 +275,10 @@ func (r *run) portal(ctx context.Context) Outcome {
 
 // sizes of UDP payloads that are tried: what any path takes, what QUIC needs at
 // least (RFC 9000 §14), what our sealed packets need, and what most paths take.
-var sizes = []int{100, 600, 1200, 1232, 1280, 1400}
+var sizes = []int{100, 600, 1200, 1232, firstQUIC, 1400}
+
+// firstQUIC is the size of the packets with which our QUIC begins.
+const firstQUIC = 1280
 
 // udp makes a QUIC connection, and beside it tries which sizes pass at all.
 func (r *run) udp(ctx context.Context) Outcome {
@@ -299,8 +318,11 @@ func udpFailure(err error, passed map[int]bool, rejected error, address string) 
 	case code != tunnel.UDPBlocked && code != tunnel.CloudUnreachable && code != tunnel.Internal:
 		o.Code = code // the certificate, most likely
 		o.Says, o.Do = tunnel.Sentence(err), "see the step about TLS"
+	case largest(passed) >= firstQUIC:
+		o.Says = fmt.Sprintf("UDP packets pass to %s, but QUIC does not: something on the way filters it", address)
+		o.Do = fmt.Sprintf("have IT allow QUIC, as an application as well, from this machine to %s", address)
 	case largest(passed) > 0:
-		o.Says = fmt.Sprintf("only small UDP packets pass to %s: of the sizes tried %d bytes is the largest, and QUIC needs 1,200", address, largest(passed))
+		o.Says = fmt.Sprintf("only small UDP packets pass to %s: of the sizes tried %d bytes is the largest, and QUIC begins with 1,280", address, largest(passed))
 		o.Do = fmt.Sprintf("have IT let UDP packets of up to 1,500 bytes pass to %s", address)
 	case rejected != nil:
 		o.Says, o.Do = refusedOr(rejected, "UDP", address)
@@ -380,6 +402,7 @@ func (r *run) probeSize(ctx context.Context, to string, size int) (passed bool, 
 		return false, err
 	}
 	defer c.Close()
+	hearRejections(c)
 	p := make([]byte, size)
 	var answer [1500]byte
 	for range probeTries {
@@ -393,7 +416,7 @@ func (r *run) probeSize(ctx context.Context, to string, size int) (passed bool, 
 		switch {
 		case err == nil:
 			return true, nil
-		case !errors.Is(err, os.ErrDeadlineExceeded):
+		case !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, syscall.EMSGSIZE):
 			return false, err // ICMP
 		}
 	}
@@ -410,6 +433,8 @@ func ProxyOutcome(via string, err error) Outcome {
 		return Outcome{Status: Good, Says: via + " connects to the cloud proxy"}
 	case code == tunnel.ProxyAuthRequired:
 		return Outcome{Status: Failed, Code: code, Says: tunnel.Sentence(err), Do: "set proxy.user and proxy.password_file to what the proxy accepts, or have IT let this machine through without"}
+	case errors.Is(err, tunnel.CaptivePortal):
+		return Outcome{Status: Failed, Code: tunnel.CaptivePortal, Says: tunnel.Sentence(err), Do: signIn}
 	case code == tunnel.NotPermitted:
 		return Outcome{Status: Failed, Code: code, Says: tunnel.Sentence(err), Do: "have IT allow CONNECT to the cloud proxy, without inspection"}
 	default:

@@ -171,6 +171,10 @@ func (r *Report) conclude() {
 				return
 			}
 		}
+	case lanes.Status == Failed && lanes.Code != tunnel.PathStrained && quic.Status == Good && r.Mode == tunnel.ModeAuto: // TLS begins, and is cut then
+		r.because(Degraded, lanes)
+		r.Sentence = "calls go over UDP only, with nothing to fall back to: " + r.Sentence
+		return
 	case quic.Status == Failed || way != nil && (way.worst() == GradeDegraded || way.worst() == GradeUnusable):
 		for _, s := range []*Step{quic, lanes, beside} {
 			if s.Status == Degraded || s.Status == Failed {

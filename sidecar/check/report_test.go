@@ -57,6 +57,7 @@ func TestOneSentenceNamesTheCause(t *testing.T) {
 		"UDP blocked, UDP meant":            {"udp", nil, steps{StepUDP: bad(Failed, "udp_blocked", "dropped"), StepQUIC: skipped, StepLanes: skipped}, 1, "udp_blocked", "dropped"},
 		"TCP blocked":                       {"auto", good[:1], steps{StepTCP: bad(Failed, "cloud_unreachable", "refused"), StepTLS: skipped, StepLanes: skipped}, 5, "cloud_unreachable", "over UDP only"},
 		"TCP inspected, UDP not":            {"auto", good[:1], steps{StepTLS: bad(Failed, "tls_intercepted", "Hospital CA"), StepLanes: skipped}, 5, "tls_intercepted", "Hospital CA"},
+		"TCP cut after a while":             {"auto", good[:1], steps{StepLanes: bad(Failed, "cloud_unreachable", "no answer")}, 5, "cloud_unreachable", "over UDP only"},
 		"a proxy that wants a password":     {"auto", nil, steps{StepProxy: bad(Failed, "proxy_auth_required", "407"), StepTCP: skipped, StepTLS: skipped, StepUDP: bad(Failed, "udp_blocked", "dropped"), StepToken: skipped}, 1, "proxy_auth_required", "407"},
 		"both blocked":                      {"auto", nil, steps{StepTCP: bad(Failed, "cloud_unreachable", "A"), StepTLS: skipped, StepUDP: bad(Failed, "udp_blocked", "B")}, 1, "cloud_unreachable", "neither over TCP nor over UDP: A; B"},
 		"a portal explains what is blocked": {"auto", nil, steps{StepTCP: bad(Failed, "cloud_unreachable", "A"), StepTLS: skipped, StepPortal: bad(Failed, "captive_portal", "hotel"), StepUDP: bad(Failed, "udp_blocked", "B")}, 1, "captive_portal", "hotel"},

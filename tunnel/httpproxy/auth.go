@@ -250,7 +250,7 @@ func required(proxy *url.URL, offered []challenge, c credentials, tried *method,
 	case c.user == "":
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s); set proxy.user and proxy.password_file, or ask IT to let this machine through", name(proxy), offers)
 	default:
-		text = fmt.Sprintf("%s wants to know who is there (407; it %s), and Culvert can answer Negotiate, NTLM, Digest and Basic; ask IT to offer one of these", name(proxy), offers)
+		text = fmt.Sprintf("%s wants to know who is there (407; it %s), and Culvert can answer Negotiate, NTLM, Digest (MD5, SHA-256 or SHA-512/256) and Basic; ask IT to offer one of these", name(proxy), offers)
 	}
 	if noTicket != nil && !errors.Is(noTicket, errNoTickets) {
 		text += fmt.Sprintf("; a Kerberos ticket could not be used (%.120q)", noTicket.Error())

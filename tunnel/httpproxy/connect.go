@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"culvert/tunnel"
@@ -23,6 +24,8 @@ const (
 	maxBody = 64 << 10
 	// maxRequests bounds the way to an answer that is not 407.
 	maxRequests = 6
+	// maxReason bounds what a sentence repeats of an answer, in characters.
+	maxReason = 160
 	// maxInterim bounds answers of 1xx before the real one.
 	maxInterim = 4
 )
@@ -65,6 +68,13 @@ func (d *Dialer) through(ctx context.Context, network, address string, proxy *ur
 			t = newTalk(ctx, c)
 		}
 		res, err := t.ask(address, field)
+		if t.asked > 1 && cut(err) && ctx.Err() == nil && (l.answer == "" || !l.method.handshake()) {
+			// It has closed the connection behind its 407 without saying so (RFC 9112 §9.3).
+			t.close()
+			t = nil
+			l.count++ // of a nonce, in case that it has read this one
+			continue
+		}
 		if err == nil && res.StatusCode/100 == 2 {
 			d.accepted(proxy, l.method)
 			return t.over()
@@ -103,6 +113,7 @@ type talk struct {
 	limit  io.LimitedReader
 	br     *bufio.Reader
 	unhook func() bool
+	asked  int // requests
 }
 
 func newTalk(ctx context.Context, c *Conn) *talk {
@@ -140,6 +151,7 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 	if authorization != "" {
 		req.Header.Set("Proxy-Authorization", authorization)
 	}
+	t.asked++
 	t.limit.N = maxHead
 	err := req.Write(t.conn.Conn)
 	var res *http.Response
@@ -150,13 +162,20 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 	}
 	switch {
 	case t.ctx.Err() != nil:
-		return nil, errors.Join(t.ctx.Err(), err)
+		return nil, t.ctx.Err()
 	case err == nil:
 		return nil, errors.New("it sends interim answers only")
 	case t.limit.N <= 0:
 		return nil, fmt.Errorf("the head of its answer is longer than %d bytes", maxHead)
+	case len(err.Error()) > maxReason: // what could not be read is repeated in it
+		return nil, fmt.Errorf("%.*s…", maxReason, err.Error())
 	}
 	return nil, err
+}
+
+// cut says whether a connection was closed in the place of an answer.
+func cut(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // keep reads an answer to its end, and reports whether the connection can be
@@ -241,12 +260,16 @@ func misunderstood(proxy *url.URL, err error) error {
 	return tunnel.Errorf(tunnel.ProxyAuthRequired, "the authentication at %s did not come to an end; tell IT: %w", name(proxy), err)
 }
 
-// refused names an answer that is neither 2xx nor 407.
+// refused names an answer that is neither 2xx nor 407. Where somebody has to sign
+// in first, the cause is tunnel.CaptivePortal.
 func refused(proxy *url.URL, address string, res *http.Response) error {
-	status := fmt.Sprintf("%d %s", res.StatusCode, http.StatusText(res.StatusCode))
+	status := strings.TrimSpace(fmt.Sprintf("%d %s", res.StatusCode, http.StatusText(res.StatusCode)))
 	switch {
-	case res.StatusCode/100 == 3:
-		return tunnel.Errorf(tunnel.CloudUnreachable, "%s sends elsewhere (%s) instead of connecting to %s; somebody may have to log in to the network with a browser first", name(proxy), status, address)
+	case res.StatusCode/100 == 3, res.StatusCode == http.StatusNetworkAuthenticationRequired: // RFC 6585 §6
+		text := fmt.Sprintf("%s sends elsewhere (%s) instead of connecting to %s; somebody may have to log in to the network with a browser first", name(proxy), status, address)
+		return &tunnel.Error{Code: tunnel.CloudUnreachable, Text: text, Err: tunnel.CaptivePortal}
+	case res.StatusCode == http.StatusTooManyRequests:
+		return tunnel.Errorf(tunnel.CloudUnreachable, "%s has too much to do to connect to %s (%s); tell IT if it lasts", name(proxy), address, status)
 	case res.StatusCode >= 500 && res.StatusCode != http.StatusNotImplemented:
 		return tunnel.Errorf(tunnel.CloudUnreachable, "%s could not connect to %s (%s); check the address, or ask IT what the proxy lets out", name(proxy), address, status)
 	}

@@ -132,6 +132,16 @@ func TestANTLMProxyThatClosesAfterItsFirst407IsDialledAgain(t *testing.T) {
 	}
 }
 
+func TestAProxyThatClosesBehindIts407WithoutSayingSoIsDialledAgain(t *testing.T) {
+	for scheme, login := range map[string]func(*session, *http.Request) []string{"Basic": basic, "Digest": digested("SHA-256", 10), "NTLM": ntlm("NTLM")} {
+		p := newProxy(t, login)
+		p.shut = true
+		if err := dial(t, dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, goodPassword)})); err != nil {
+			t.Errorf("%s: %v", scheme, err)
+		}
+	}
+}
+
 func TestWithoutAPasswordTheErrorNamesWhatTheProxyOffers(t *testing.T) {
 	for name, c := range map[string]struct {
 		offers []string
@@ -289,19 +299,26 @@ func TestWhatAProxyAnswersBecomesASentence(t *testing.T) {
 		code   tunnel.Code
 		says   string
 	}{
-		"forbidden":         {"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", tunnel.NotPermitted, "403 Forbidden"},
-		"no CONNECT":        {"HTTP/1.1 405 What\r\nContent-Length: 0\r\n\r\n", tunnel.NotPermitted, "405 Method Not Allowed"},
-		"cannot reach":      {"HTTP/1.1 503 \x1b[31mred\r\nContent-Length: 0\r\n\r\n", tunnel.CloudUnreachable, "503 Service Unavailable"},
-		"captive portal":    {"HTTP/1.1 302 Found\r\nLocation: http://portal/\r\n\r\n", tunnel.CloudUnreachable, "log in"},
-		"not HTTP":          {"SSH-2.0-OpenSSH_9.2\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
-		"a head of 100 KiB": {endless, tunnel.CloudUnreachable, "no answer that HTTP knows"},
-		"interim for ever":  {strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 50), tunnel.CloudUnreachable, "no answer that HTTP knows"},
+		"forbidden":          {"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", tunnel.NotPermitted, "403 Forbidden"},
+		"no CONNECT":         {"HTTP/1.1 405 What\r\nContent-Length: 0\r\n\r\n", tunnel.NotPermitted, "405 Method Not Allowed"},
+		"cannot reach":       {"HTTP/1.1 503 \x1b[31mred\r\nContent-Length: 0\r\n\r\n", tunnel.CloudUnreachable, "503 Service Unavailable"},
+		"captive portal":     {"HTTP/1.1 302 Found\r\nLocation: http://portal/\r\n\r\n", tunnel.CloudUnreachable, "log in"},
+		"portal of RFC 6585": {"HTTP/1.1 511 Network Authentication Required\r\nContent-Length: 0\r\n\r\n", tunnel.CloudUnreachable, "log in"},
+		"too many requests":  {"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n", tunnel.CloudUnreachable, "too much to do"},
+		"a code of its own":  {"HTTP/1.1 999 What\r\nContent-Length: 0\r\n\r\n", tunnel.CloudUnreachable, "(999)"},
+		"not HTTP":           {"SSH-2.0-OpenSSH_9.2\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
+		"a line of 50 KB":    {"SSH-2.0-" + strings.Repeat("x", 50000) + "\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
+		"a head of 100 KiB":  {endless, tunnel.CloudUnreachable, "no answer that HTTP knows"},
+		"interim for ever":   {strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 50), tunnel.CloudUnreachable, "no answer that HTTP knows"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := dialer(t, Config{Choose: to(answering(t, c.answer))})
 			_, err := d.Dial(t.Context(), "tcp", target)
-			if tunnel.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.says) || strings.ContainsAny(err.Error(), "\x1b\n") {
-				t.Errorf("got %v", err)
+			if tunnel.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.says) || strings.ContainsAny(err.Error(), "\x1b\n") || len(err.Error()) > 500 {
+				t.Errorf("got %.600v (%d bytes)", err, len(err.Error()))
+			}
+			if errors.Is(err, tunnel.CaptivePortal) != (c.says == "log in") {
+				t.Errorf("somebody has to sign in: %v", c.says != "log in")
 			}
 		})
 	}
@@ -328,7 +345,7 @@ func TestASilentProxyEndsWithTheContext(t *testing.T) {
 		defer cancel()
 		began := time.Now()
 		_, err := d.Dial(ctx, "tcp", target)
-		if took := time.Since(began); took != 3*time.Second || tunnel.CodeOf(err) != tunnel.CloudUnreachable || !strings.Contains(err.Error(), "in time") {
+		if took := time.Since(began); took != 3*time.Second || tunnel.CodeOf(err) != tunnel.CloudUnreachable || !strings.Contains(err.Error(), "in time") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("after %v: %v", took, err)
 		}
 	})

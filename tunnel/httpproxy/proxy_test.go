@@ -28,6 +28,7 @@ type proxy struct {
 	url   *url.URL
 	login func(conn *session, req *http.Request) (challenges []string) // none: let in
 	close bool                                                         // after each 407
+	shut  bool                                                         // the same, without saying so
 	wg    sync.WaitGroup
 	mu    sync.Mutex
 	said  []string // the Proxy-Authorization fields, in order
@@ -86,6 +87,9 @@ func (p *proxy) serve(c net.Conn) {
 			return
 		}
 		fmt.Fprintf(c, "Content-Length: 11\r\n\r\nwho are you")
+		if p.shut && req.Header.Get("Proxy-Authorization") == "" {
+			return
+		}
 	}
 }
 

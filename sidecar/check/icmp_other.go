@@ -1,0 +1,7 @@
+//go:build !linux
+
+package check
+
+import "net"
+
+func hearRejections(net.Conn) {}

@@ -1,0 +1,91 @@
+package check
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"culvert/tunnel"
+)
+
+func TestWhyUDPDoesNotPass(t *testing.T) {
+	upTo := func(n int) map[int]bool {
+		passed := map[int]bool{}
+		for _, size := range sizes {
+			if size <= n {
+				passed[size] = true
+			}
+		}
+		return passed
+	}
+	silence := tunnel.Errorf(tunnel.UDPBlocked, "nothing")
+	for name, c := range map[string]struct {
+		passed     map[int]bool
+		rejected   error
+		says, next string
+	}{
+		"nothing comes back":   {nil, nil, "dropped silently", "open UDP 443"},
+		"small packets pass":   {upTo(1232), nil, "1232 bytes is the largest, and QUIC begins with 1,280", "1,500 bytes"},
+		"QUIC is filtered":     {upTo(1400), nil, "QUIC does not", "allow QUIC"},
+		"refused":              {nil, syscall.ECONNREFUSED, "is refused", "open UDP 443"},
+		"no route":             {nil, syscall.ENETUNREACH, "rejected on the way", "open UDP 443"},
+		"protocol unreachable": {nil, syscall.ENOPROTOOPT, "rejected on the way", "open UDP 443"},
+		"own firewall":         {nil, syscall.EPERM, "this machine's own firewall forbids", "open UDP 443"},
+		"ICMPv6 prohibited":    {nil, syscall.EACCES, "on the way or by this machine's own firewall", "open UDP 443"},
+	} {
+		o := udpFailure(silence, c.passed, c.rejected, "cloud.example.net:443")
+		if o.Code != tunnel.UDPBlocked || !strings.Contains(o.Says, c.says) || !strings.Contains(o.Do, c.next) {
+			t.Errorf("%s: %+v", name, o)
+		}
+	}
+}
+
+func TestWhatDNSSays(t *testing.T) {
+	for name, c := range map[string]struct {
+		found      []string
+		err        error
+		says, next string // of the step that fails
+	}{
+		"no such name":        {nil, &net.DNSError{Err: "no such host", IsNotFound: true}, "there is no cloud.example.net", "check the name"},
+		"no answer":           {nil, &net.DNSError{Err: "i/o timeout", IsTimeout: true}, "no DNS server answers", "have DNS opened"},
+		"server failure":      {nil, &net.DNSError{Err: "server misbehaving", Server: "192.0.2.53:53", IsTemporary: true}, "192.0.2.53:53 can not resolve cloud.example.net: server misbehaving", "look at that DNS server"},
+		"filtered, 0.0.0.0":   {[]string{"0.0.0.0", "::"}, nil, "is this machine itself (0.0.0.0)", "DNS filter"},
+		"filtered, 127.0.0.1": {[]string{"127.0.0.1"}, nil, "is this machine itself (127.0.0.1)", "DNS filter"},
+		"another machine":     {[]string{"127.0.0.1", "192.0.2.1"}, nil, "is refused", "open TCP 443"},
+	} {
+		r := &run{host: "cloud.example.net", cfg: Config{
+			Address: "cloud.example.net:443",
+			Lookup: func(context.Context, string) (found []netip.Addr, err error) {
+				for _, a := range c.found {
+					found = append(found, netip.MustParseAddr(a))
+				}
+				return found, c.err
+			},
+			Direct: func(context.Context, string, string) (net.Conn, error) {
+				return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+			},
+		}}
+		o := r.names(t.Context())
+		if o.Status == Good {
+			o = r.tcp(t.Context())
+		}
+		if o.Status != Failed || !strings.Contains(o.Says, c.says) || !strings.Contains(o.Do, c.next) || c.err == nil && strings.Contains(o.Do, "DNS") != strings.Contains(name, "filtered") {
+			t.Errorf("%s: %+v", name, o)
+		}
+	}
+}
+
+func TestAProxyThatSendsToASignInPage(t *testing.T) {
+	elsewhere := &tunnel.Error{Code: tunnel.CloudUnreachable, Text: "the proxy sends elsewhere", Err: tunnel.CaptivePortal}
+	if o := ProxyOutcome("", elsewhere); o.Code != tunnel.CaptivePortal || o.Do != signIn {
+		t.Errorf("got %+v", o)
+	}
+	if o := ProxyOutcome("", errors.New("broken")); o.Code != tunnel.CloudUnreachable {
+		t.Errorf("got %+v", o)
+	}
+}
