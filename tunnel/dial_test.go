@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -39,7 +41,7 @@ func TestDialingAgainTakesTheFirstAnswer(t *testing.T) {
 				var mu sync.Mutex // guards the two below
 				tried, open := 0, map[*closing]bool{}
 				dial := tunnel.DialAgain(func(ctx context.Context, network, address string) (net.Conn, error) {
-					if network != "tcp" || address != "there:443" {
+					if network != "tcp" || address != "192.0.2.1:443" {
 						t.Errorf("dials %s %s", network, address)
 					}
 					mu.Lock()
@@ -64,11 +66,11 @@ func TestDialingAgainTakesTheFirstAnswer(t *testing.T) {
 					}}
 					open[conn] = true
 					return conn, nil
-				})
+				}, nil)
 				ctx, cancel := context.WithTimeout(t.Context(), c.within)
 				defer cancel()
 				began := time.Now()
-				conn, err := dial(ctx, "tcp", "there:443")
+				conn, err := dial(ctx, "tcp", "192.0.2.1:443")
 				if took := time.Since(began); took != c.took || !errors.Is(err, c.err) || (conn == nil) != (c.err != nil) {
 					t.Errorf("%v, %v after %v", conn, err, took)
 				}
@@ -83,6 +85,104 @@ func TestDialingAgainTakesTheFirstAnswer(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// answers is a Resolver that knows every name.
+type answers []string
+
+func (a answers) LookupNetIP(_ context.Context, network, _ string) (all []netip.Addr, err error) {
+	if len(a) == 0 {
+		return nil, &net.DNSError{Err: "no such host", IsNotFound: true}
+	}
+	for _, s := range a {
+		all = append(all, netip.MustParseAddr(s))
+	}
+	return all, nil
+}
+
+func TestAddressesTakeTheFamiliesInTurn(t *testing.T) {
+	for name, c := range map[string]struct{ found, want []string }{
+		"one":            {answers{"192.0.2.1"}, answers{"192.0.2.1"}},
+		"of both":        {answers{"2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2"}, answers{"2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2"}},
+		"more of one":    {answers{"192.0.2.1", "192.0.2.2", "2001:db8::1", "192.0.2.3"}, answers{"192.0.2.1", "2001:db8::1", "192.0.2.2", "192.0.2.3"}},
+		"in a long form": {answers{"::ffff:192.0.2.1", "2001:db8::1"}, answers{"192.0.2.1", "2001:db8::1"}},
+		"too many": {answers{"192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5", "192.0.2.6", "192.0.2.7", "2001:db8::1"},
+			answers{"192.0.2.1", "2001:db8::1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5"}},
+	} {
+		got, err := tunnel.Addresses(t.Context(), answers(c.found), "cloud.example.net")
+		want, _ := answers(c.want).LookupNetIP(t.Context(), "", "")
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %v, %v; want %v", name, got, err, want)
+		}
+	}
+}
+
+// An address that does not answer, or refuses, takes no time that another needs.
+func TestDialingTriesOneAddressAfterTheOther(t *testing.T) {
+	const ms = time.Millisecond
+	refused, down := errors.New("refused"), errors.New("down")
+	there := answers{"192.0.2.1", "192.0.2.2", "192.0.2.3"}
+	type how struct {
+		after time.Duration // 0: never
+		err   error
+	}
+	for name, c := range map[string]struct {
+		to    map[string]how
+		took  time.Duration
+		tried string
+		err   error
+	}{
+		"the first answers":          {map[string]how{"192.0.2.1": {40 * ms, nil}}, 40 * ms, "1", nil},
+		"the first does not":         {map[string]how{"192.0.2.2": {40 * ms, nil}}, 290 * ms, "12", nil},
+		"the first refuses":          {map[string]how{"192.0.2.1": {40 * ms, refused}, "192.0.2.2": {40 * ms, nil}}, 80 * ms, "12", nil},
+		"only the last answers":      {map[string]how{"192.0.2.3": {40 * ms, nil}}, 540 * ms, "123", nil},
+		"the last, a packet is lost": {map[string]how{"192.0.2.1": {40 * ms, refused}, "192.0.2.2": {40 * ms, down}}, time.Second, "1233", context.DeadlineExceeded},
+		"all refuse":                 {map[string]how{"192.0.2.1": {40 * ms, refused}, "192.0.2.2": {40 * ms, down}, "192.0.2.3": {40 * ms, down}}, 120 * ms, "123", refused},
+		"nobody answers":             {nil, time.Second, "1231", context.DeadlineExceeded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var mu sync.Mutex
+				tried := ""
+				dial := tunnel.DialAgain(func(ctx context.Context, _, address string) (net.Conn, error) {
+					host, port, _ := net.SplitHostPort(address)
+					mu.Lock()
+					tried += host[len(host)-1:]
+					mu.Unlock()
+					a := c.to[host]
+					if a.after == 0 || port != "443" {
+						<-ctx.Done()
+						return nil, ctx.Err()
+					}
+					time.Sleep(a.after)
+					if a.err != nil {
+						return nil, a.err
+					}
+					return &closing{closed: func(*closing) {}}, nil
+				}, there)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				began := time.Now()
+				conn, err := dial(ctx, "tcp", "cloud.example.net:443")
+				if took := time.Since(began); took != c.took || (conn == nil) != (c.err != nil) {
+					t.Errorf("%v, %v after %v", conn, err, took)
+				}
+				if c.err == refused && err != refused || c.err == context.DeadlineExceeded && err == nil {
+					t.Errorf("error %v", err)
+				}
+				synctest.Wait()
+				mu.Lock()
+				defer mu.Unlock()
+				if tried != c.tried {
+					t.Errorf("tried %s, want %s", tried, c.tried)
+				}
+			})
+		})
+	}
+	_, err := tunnel.DialAgain(nil, answers{})(t.Context(), "tcp", "no.example:443")
+	if _, ok := errors.AsType[*net.DNSError](err); !ok {
+		t.Errorf("a name that there is not: %v", err)
 	}
 }
 

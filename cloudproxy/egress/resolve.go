@@ -13,10 +13,8 @@ import (
 	"culvert/tunnel"
 )
 
-// A Resolver looks names up. *net.Resolver is one.
-type Resolver interface {
-	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
-}
+// A Resolver looks names up.
+type Resolver = tunnel.Resolver
 
 // ResolveConfig says how names are resolved. The zero value is usable.
 type ResolveConfig struct {

@@ -275,10 +275,10 @@ func (r *run) portal(ctx context.Context) Outcome {
 
 // sizes of UDP payloads that are tried: what any path takes, what QUIC needs at
 // least (RFC 9000 §14), what our sealed packets need, and what most paths take.
-var sizes = []int{100, 600, 1200, 1232, firstQUIC, 1400}
+var sizes = []int{100, 600, firstQUIC, 1232, 1280, 1400}
 
 // firstQUIC is the size of the packets with which our QUIC begins.
-const firstQUIC = 1280
+const firstQUIC = 1200
 
 // udp makes a QUIC connection, and beside it tries which sizes pass at all.
 func (r *run) udp(ctx context.Context) Outcome {
@@ -322,7 +322,7 @@ func udpFailure(err error, passed map[int]bool, rejected error, address string) 
 		o.Says = fmt.Sprintf("UDP packets pass to %s, but QUIC does not: something on the way filters it", address)
 		o.Do = fmt.Sprintf("have IT allow QUIC, as an application as well, from this machine to %s", address)
 	case largest(passed) > 0:
-		o.Says = fmt.Sprintf("only small UDP packets pass to %s: of the sizes tried %d bytes is the largest, and QUIC begins with 1,280", address, largest(passed))
+		o.Says = fmt.Sprintf("only small UDP packets pass to %s: of the sizes tried %d bytes is the largest, and QUIC needs 1,200", address, largest(passed))
 		o.Do = fmt.Sprintf("have IT let UDP packets of up to 1,500 bytes pass to %s", address)
 	case rejected != nil:
 		o.Says, o.Do = refusedOr(rejected, "UDP", address)

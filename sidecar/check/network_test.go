@@ -30,7 +30,7 @@ func TestWhyUDPDoesNotPass(t *testing.T) {
 		says, next string
 	}{
 		"nothing comes back":   {nil, nil, "dropped silently", "open UDP 443"},
-		"small packets pass":   {upTo(1232), nil, "1232 bytes is the largest, and QUIC begins with 1,280", "1,500 bytes"},
+		"small packets pass":   {upTo(600), nil, "600 bytes is the largest, and QUIC needs 1,200", "1,500 bytes"},
 		"QUIC is filtered":     {upTo(1400), nil, "QUIC does not", "allow QUIC"},
 		"refused":              {nil, syscall.ECONNREFUSED, "is refused", "open UDP 443"},
 		"no route":             {nil, syscall.ENETUNREACH, "rejected on the way", "open UDP 443"},

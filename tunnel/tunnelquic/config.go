@@ -130,7 +130,10 @@ func (c Config) check() (Config, error) {
 
 func (c Config) quic(server bool) *quic.Config {
 	q := &quic.Config{
-		HandshakeIdleTimeout:           handshakeTimeout,
+		HandshakeIdleTimeout: handshakeTimeout,
+		// All that a path must carry (RFC 9000 §14). quic-go would begin with 1,280
+		// bytes, which a tunnel on the way with an MTU of 1,280 drops.
+		InitialPacketSize:              1200,
 		MaxIdleTimeout:                 idleTimeout,
 		KeepAlivePeriod:                keepAlive,
 		InitialStreamReceiveWindow:     clientStreamWindow,

@@ -12,8 +12,8 @@ import (
 	"culvert/tunnel"
 )
 
-// secondFamily is how much later the other address family is tried (RFC 8305 §5).
-const secondFamily = 250 * time.Millisecond
+// nextAddress is how much later each further address is tried (RFC 8305 §5).
+const nextAddress = 250 * time.Millisecond
 
 // A Dialer makes connections, each on a UDP socket of its own.
 type Dialer struct {
@@ -43,7 +43,7 @@ func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, er
 	if err != nil || port == 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%q is not a port between 1 and 65535 (in %q)", service, address)
 	}
-	addrs, err := resolve(ctx, d.cfg.Resolver, host)
+	addrs, err := tunnel.Addresses(ctx, d.cfg.Resolver, host)
 	if err != nil {
 		return nil, dialError(err, address)
 	}
@@ -67,7 +67,7 @@ func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, er
 	}
 	start()
 	var won *candidate
-	next := time.NewTimer(secondFamily)
+	next := time.NewTicker(nextAddress)
 	defer next.Stop()
 	for done := 0; done < started; {
 		select {
@@ -89,7 +89,7 @@ func (d *Dialer) Dial(ctx context.Context, address string) (tunnel.Candidate, er
 				r.c.Close()
 			default:
 				won = r.c
-				cancel() // the other attempt
+				cancel() // the other attempts
 			}
 		}
 	}
@@ -109,27 +109,6 @@ func weight(err error) int {
 		return 0
 	}
 	return 2
-}
-
-// resolve returns the first address of each family, in the resolver's order.
-func resolve(ctx context.Context, r *net.Resolver, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
-	}
-	if r == nil {
-		r = net.DefaultResolver
-	}
-	all, err := r.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return nil, err
-	}
-	chosen := []netip.Addr{all[0].Unmap()}
-	for _, a := range all[1:] {
-		if a = a.Unmap(); a.Is4() != chosen[0].Is4() {
-			return append(chosen, a), nil
-		}
-	}
-	return chosen, nil
 }
 
 // dial connects to one address.

@@ -34,7 +34,8 @@ func throughProxy(c *config.HTTPProxy, own protection) (*httpproxy.Dialer, error
 	if err != nil {
 		return nil, err
 	}
-	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: tunnel.DialAgain(own.dialer().DialContext)})
+	d := own.dialer()
+	return httpproxy.New(httpproxy.Config{Choose: choose, Credentials: c.Credentials, Ticket: httpproxy.Ticket, TLS: conf, Dial: tunnel.DialAgain(d.DialContext, d.Resolver)})
 }
 
 // chooseProxy says which proxy leads to an address, if any.
