@@ -343,6 +343,11 @@ var checkCases = map[string]checkCase{
 		prepare: func(b *checkBed) { b.rules = "udp dport 443 @th,64,8 & 0x80 == 0x80 drop" }, // long headers (RFC 8999 §5.1)
 		exit:    5, code: tunnel.UDPBlocked, says: "UDP packets pass to 198.18.80.2:443, but QUIC does not", next: "allow QUIC",
 	},
+	"UDP with the smallest MTU of IPv6 on the way": {
+		prepare: func(b *checkBed) { b.rules = "udp dport 443 meta length > 1280 drop" },
+		exit:    0, code: "", says: "calls can be made",
+		also: func(t *testing.T, r *check.Report) { checkStepSays(t, r, check.StepUDP, "QUIC answers") },
+	},
 	"only small UDP": {
 		prepare: func(b *checkBed) { b.rules = "udp dport 443 meta length > 1000 drop" },
 		exit:    5, code: tunnel.UDPBlocked, says: "only small UDP packets pass to 198.18.80.2:443: of the sizes tried 600", next: "1,500 bytes",
