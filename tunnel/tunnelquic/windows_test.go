@@ -36,21 +36,31 @@ func TestTheWindowsOfAllConnectionsAreBounded(t *testing.T) {
 				}
 				ends = append(ends, near, far)
 				const much = 16 << 20
-				out, err := near.OpenStream(t.Context())
-				if err != nil {
-					t.Fatal(err)
+				bulk := func() {
+					out, err := near.OpenStream(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					go func() { out.Write(make([]byte, much)); out.CloseWrite() }()
+					ctx, cancel := context.WithTimeout(t.Context(), testPatience)
+					defer cancel()
+					in, err := far.AcceptStream(ctx)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if n, err := io.Copy(io.Discard, in); n != much || err != nil {
+						t.Errorf("%d bytes came, %v", n, err)
+					}
 				}
-				go func() { out.Write(make([]byte, much)); out.CloseWrite() }()
-				ctx, cancel := context.WithTimeout(t.Context(), testPatience)
-				in, err := far.AcceptStream(ctx)
-				cancel()
-				if err != nil {
-					t.Fatal(err)
+				bulk()
+				// quic-go lets a window grow where it is used up within two round trips: a
+				// machine that stands still meanwhile is too slow for that.
+				for end := time.Now().Add(testPatience); limit == maxWindows && l.windows.grown() == 0; bulk() {
+					if time.Now().After(end) {
+						t.Fatal("the windows do not grow")
+					}
 				}
-				if n, err := io.Copy(io.Discard, in); n != much || err != nil {
-					t.Errorf("%d bytes came, %v", n, err)
-				}
-				if got := l.windows.grown(); got > limit || limit == maxWindows && got == 0 {
+				if got := l.windows.grown(); got > limit {
 					t.Errorf("the windows have grown by %d bytes, the limit is %d", got, limit)
 				}
 			}
