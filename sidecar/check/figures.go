@@ -172,5 +172,13 @@ type Way struct {
 	Light float64 `json:"light_loss"`
 }
 
+// over says in the words of a firewall what a way goes over.
+func (w *Way) over() string {
+	if w.Carrier == "tls" {
+		return "over TCP"
+	}
+	return "over UDP"
+}
+
 // worst is the worse of its kinds of media.
 func (w *Way) worst() Grade { return worse(w.Audio.Grade, w.Video.Grade) }

@@ -179,6 +179,9 @@ func (r *Report) conclude() {
 		for _, s := range []*Step{quic, lanes, beside} {
 			if s.Status == Degraded || s.Status == Failed {
 				r.because(Degraded, s)
+				if s == quic && way != nil && way.Carrier == "tls" {
+					r.Sentence += "; calls go over TCP"
+				}
 				return
 			}
 		}
@@ -189,7 +192,7 @@ func (r *Report) conclude() {
 	r.Verdict, r.Next = Good, "nothing is to be done"
 	r.Sentence = "calls can be made"
 	if way != nil {
-		r.Sentence = fmt.Sprintf("calls can be made: by %s audio is %s and video is %s", way.Way, way.Audio.Grade, way.Video.Grade)
+		r.Sentence = fmt.Sprintf("calls can be made: %s audio is %s and video is %s", way.over(), way.Audio.Grade, way.Video.Grade)
 	} else {
 		r.Sentence += ", as far as it can be told without a test call"
 	}

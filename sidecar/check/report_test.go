@@ -49,11 +49,11 @@ func TestOneSentenceNamesTheCause(t *testing.T) {
 		code  tunnel.Code
 		says  string
 	}{
-		"all is well":                       {"auto", good, nil, 0, "", "by sealed audio is good"},
+		"all is well":                       {"auto", good, nil, 0, "", "over UDP audio is good"},
 		"no test call":                      {"auto", nil, steps{StepQUIC: skipped, StepLanes: skipped}, 0, "", "without a test call"},
 		"no configuration":                  {"auto", nil, steps{StepConfig: bad(Failed, "config_invalid", "line 3")}, 1, "config_invalid", "line 3"},
 		"UDP blocked":                       {"auto", good[1:], steps{StepUDP: bad(Failed, "udp_blocked", "dropped"), StepQUIC: skipped}, 5, "udp_blocked", "over TCP only"},
-		"UDP blocked, TCP meant":            {"tcp", good[1:], steps{StepUDP: skipped, StepQUIC: skipped}, 0, "", "by lanes"},
+		"UDP blocked, TCP meant":            {"tcp", good[1:], steps{StepUDP: skipped, StepQUIC: skipped}, 0, "", "over TCP audio"},
 		"UDP blocked, UDP meant":            {"udp", nil, steps{StepUDP: bad(Failed, "udp_blocked", "dropped"), StepQUIC: skipped, StepLanes: skipped}, 1, "udp_blocked", "dropped"},
 		"TCP blocked":                       {"auto", good[:1], steps{StepTCP: bad(Failed, "cloud_unreachable", "refused"), StepTLS: skipped, StepLanes: skipped}, 5, "cloud_unreachable", "over UDP only"},
 		"TCP inspected, UDP not":            {"auto", good[:1], steps{StepTLS: bad(Failed, "tls_intercepted", "Hospital CA"), StepLanes: skipped}, 5, "tls_intercepted", "Hospital CA"},
@@ -66,9 +66,9 @@ func TestOneSentenceNamesTheCause(t *testing.T) {
 		"some destinations":                 {"auto", good, steps{StepPolicy: bad(Degraded, "policy_denied", "one")}, 5, "policy_denied", "one"},
 		"UDP throttled":                     {"auto", []*Way{measured("quic", "sealed", 0.4, 20*ms), good[1]}, steps{StepQUIC: bad(Failed, "path_strained", "loss")}, 5, "path_strained", "UDP 443 is throttled: 40 %"},
 		"UDP loses, of little as well":      {"auto", []*Way{light(measured("quic", "sealed", 0.06, 20*ms), 0.05), good[1]}, steps{StepQUIC: bad(Degraded, "path_strained", "loss")}, 5, "path_strained", "loss"},
-		"UDP carries nothing":               {"auto", []*Way{light(measured("quic", "sealed", 0.9, 20*ms), 0.9), good[1]}, steps{StepQUIC: bad(Failed, "path_strained", "loss")}, 5, "path_strained", "loss"},
+		"UDP carries nothing":               {"auto", []*Way{light(measured("quic", "sealed", 0.9, 20*ms), 0.9), good[1]}, steps{StepQUIC: bad(Failed, "path_strained", "loss")}, 5, "path_strained", "loss; calls go over TCP"},
 		"both lose":                         {"auto", []*Way{measured("quic", "sealed", 0.1, 20*ms), measured("tls", "lanes", 0.1, 20*ms)}, steps{StepQUIC: bad(Degraded, "path_strained", "loss"), StepLanes: bad(Degraded, "path_strained", "loss")}, 5, "path_strained", "loss"},
-		"one way is good enough":            {"auto", []*Way{good[0], measured("tls", "lanes", 0, 200*ms)}, steps{StepLanes: bad(Degraded, "path_strained", "delay")}, 0, "", "by sealed"},
+		"one way is good enough":            {"auto", []*Way{good[0], measured("tls", "lanes", 0, 200*ms)}, steps{StepLanes: bad(Degraded, "path_strained", "delay")}, 0, "", "over UDP audio"},
 		"too far away":                      {"auto", []*Way{measured("quic", "sealed", 0, 500*ms)}, steps{StepQUIC: bad(Failed, "path_strained", "delay"), StepLanes: skipped}, 1, "path_strained", "delay"},
 	} {
 		r := found(c.mode, c.ways, c.steps)

@@ -177,7 +177,7 @@ func (w *Way) outcome() Outcome {
 		}
 		return s
 	}
-	o.Says = fmt.Sprintf("by %s: %s, %s", w.Way, kind("audio", w.Audio), kind("video", w.Video))
+	o.Says = fmt.Sprintf("%s: %s, %s", w.over(), kind("audio", w.Audio), kind("video", w.Video))
 	if o.Status != Good {
 		o.Do = "have the network looked at: who else uses it, its wireless part, and what shapes traffic on port 443"
 	}
