@@ -295,7 +295,7 @@ func TestManyClaimsAtOnceOnAFewPlaces(t *testing.T) {
 		c.Close()
 	}
 	var wg sync.WaitGroup
-	handshakes := make(chan struct{}, 100) // as many as are not refused for being many
+	handshakes := make(chan struct{}, 30) // as many as are neither refused for being many nor too slow
 	for n := range claims {
 		wg.Go(func() {
 			handshakes <- struct{}{}
