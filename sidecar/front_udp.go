@@ -368,12 +368,15 @@ func (a *association) isSender(from netip.AddrPort) bool {
 		return true
 	}
 	unmapped := netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-	switch {
-	case unmapped.Addr() != a.conn.from.Addr(), a.port != 0 && from.Port() != a.port:
+	if unmapped.Addr() != a.conn.from.Addr() || a.port != 0 && from.Port() != a.port {
 		a.front.drops.count[dropWrongSource].Add(1)
 		return false
-	case unmapped == a.stranger && time.Since(a.refusedAt) < strangerPause,
-		!a.owner.owns(unmapped, a.relay):
+	}
+	owned := unmapped != a.stranger || time.Since(a.refusedAt) >= strangerPause
+	if owned {
+		owned, _ = a.owner.owns(unmapped, a.relay)
+	}
+	if !owned {
 		a.stranger, a.refusedAt = unmapped, time.Now()
 		a.front.drops.count[dropWrongUser].Add(1)
 		return false
@@ -390,7 +393,9 @@ func (a *association) isSender(from netip.AddrPort) bool {
 func (a *association) stillOwned(sender netip.AddrPort) bool {
 	now, at := int64(time.Since(a.front.made)), a.ownedAt.Load()
 	if now-at >= int64(a.front.ownerPause) && a.ownedAt.CompareAndSwap(at, now) {
-		a.lost.Store(!a.owner.owns(netip.AddrPortFrom(sender.Addr().Unmap(), sender.Port()), a.relay))
+		if owned, sure := a.owner.owns(netip.AddrPortFrom(sender.Addr().Unmap(), sender.Port()), a.relay); sure {
+			a.lost.Store(!owned)
+		}
 	}
 	return !a.lost.Load()
 }

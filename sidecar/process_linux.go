@@ -276,21 +276,23 @@ func (o *socketOwner) of(c *frontConn) {
 }
 
 // owns reports whether the sender is of the same local user, or it can not be
-// known.
-func (o *socketOwner) owns(sender, server netip.AddrPort) bool {
+// known; sure says that it is known.
+func (o *socketOwner) owns(sender, server netip.AddrPort) (owned, sure bool) {
 	if !o.known {
-		return !o.strict
+		return !o.strict, false
 	}
 	s, err := diagUDP(sender, server)
-	if err == nil {
-		return s.uid == o.uid
-	}
-	if o.strict {
-		return false
+	switch {
+	case err == nil:
+		return s.uid == o.uid, true
+	case err != syscall.ENOENT: // such as that there is no descriptor to ask by
+		return !o.strict, false
+	case o.strict:
+		return false, true
 	}
 	// The TCP client is on this machine, so the sender's socket was too, and
 	// has been closed: unless this kernel can not look UDP up, when it does not
 	// find our own socket either.
 	_, err = diagUDP(server, sender)
-	return err != nil
+	return err != nil, err == nil
 }

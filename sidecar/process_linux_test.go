@@ -194,6 +194,34 @@ func asOtherUser(t *testing.T, relay, from netip.AddrPort) (stop func()) {
 	return stop
 }
 
+// Where there is no descriptor to ask by, nothing is known of an owner: a call that
+// goes on is not taken for another user's.
+func TestNoDescriptorsAreNoAnswer(t *testing.T) {
+	f := frontStart(t, &frontDirect{}, nil)
+	_, relay := frontAssociate(t, f, frontUnnamed)
+	sender := tunnel.AddrPortOf(frontApp(t, relay).LocalAddr())
+	o := &socketOwner{uid: uint32(os.Getuid()), known: true, strict: true}
+	if owned, sure := o.owns(sender, relay); !owned || !sure {
+		t.Fatalf("owned %v, sure %v", owned, sure)
+	}
+	var was syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	none := was
+	none.Cur = 3 // less than is open
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	owned, sure := o.owns(sender, relay)
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if owned || sure {
+		t.Errorf("without descriptors: owned %v, sure %v", owned, sure)
+	}
+}
+
 // An app may give up its UDP port and keep its connection. Who binds the port
 // then neither sends as that app nor gets what comes for it.
 func TestAnotherUserWhoTakesTheSendersPortIsDropped(t *testing.T) {

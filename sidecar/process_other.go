@@ -27,4 +27,4 @@ func userOf(*frontConn) (uid uint32, known bool) { return 0, false }
 
 func (socketOwner) of(*frontConn) {}
 
-func (socketOwner) owns(_, _ netip.AddrPort) bool { return true }
+func (socketOwner) owns(_, _ netip.AddrPort) (owned, sure bool) { return true, false }
