@@ -122,8 +122,11 @@ func (g *Guard) decide(p *Policy, proto Proto, to tunnel.Target) Decision {
 	if d := p.Decide(proto, to); !d.Allow || !g.own(p, proto, to) {
 		return d
 	}
-	return Decision{Reason: reasonOwn, Class: "own host"}
+	return ownHost
 }
+
+// ownHost is the decision about what is on this host and not listed.
+var ownHost = Decision{Reason: reasonOwn, Class: "own host"}
 
 // own reports whether a target is on this host and the policy does not list it.
 func (g *Guard) own(p *Policy, proto Proto, to tunnel.Target) bool {
@@ -254,7 +257,7 @@ type verdict struct {
 func (g *guardedPackets) Send(p []byte, to tunnel.Target) error {
 	err := g.judge(to)
 	if err == nil && g.guard.own(g.guard.policy(g.by), UDP, to) { // not remembered: associations of this host come and go
-		err = Denied(UDP, to, Decision{Reason: reasonOwn, Class: "own host"})
+		err = Denied(UDP, to, ownHost)
 	}
 	if err != nil {
 		if g.receiver.closed.Load() {

@@ -206,7 +206,7 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 				return time.Since(began)
 			}
 			alone := download()
-			before := map[string]int{"the sidecar": resident(t, o.near.Process.Pid), "the cloud proxy": resident(t, o.clouds[0].Process.Pid)}
+			before := o.residents(t)
 
 			const slow = 24 // each of which takes 512 KiB of the window that a QUIC connection has for all
 			var unread []net.Conn
@@ -234,15 +234,7 @@ func TestStreamsThatNobodyReadHoldUpThemselvesAlone(t *testing.T) {
 			if beside > 10*alone+2*time.Second {
 				t.Error("others' downloads are held up")
 			}
-			for what, pid := range map[string]int{"the sidecar": o.near.Process.Pid, "the cloud proxy": o.clouds[0].Process.Pid} {
-				more := resident(t, pid) - before[what]
-				t.Logf("%s: %d MiB more for %d streams that are not read", what, more>>20, slow)
-				// Twice the session's share, as Go collects garbage, and what the connection
-				// and the kernel's sockets are read by.
-				if more > (2*streamMemory+64)<<20 {
-					t.Errorf("%s takes %d MiB more", what, more>>20)
-				}
-			}
+			o.grownBy(t, before, streamMemory)
 			// What was not read is all there, and more comes.
 			t.Logf("the source has sent %d MiB, and waits", last>>20)
 			again := time.Now()
@@ -294,7 +286,7 @@ func TestUploadsThatNobodyTakesHoldUpThemselvesAlone(t *testing.T) {
 				return time.Since(began)
 			}
 			alone := upload()
-			before := map[string]int{"the sidecar": resident(t, o.near.Process.Pid), "the cloud proxy": resident(t, o.clouds[0].Process.Pid)}
+			before := o.residents(t)
 
 			const slow = 40
 			var taken, cut atomic.Int64
@@ -344,15 +336,7 @@ func TestUploadsThatNobodyTakesHoldUpThemselvesAlone(t *testing.T) {
 			if beside > 10*alone+2*time.Second {
 				t.Error("others' uploads are held up")
 			}
-			for what, pid := range map[string]int{"the sidecar": o.near.Process.Pid, "the cloud proxy": o.clouds[0].Process.Pid} {
-				more := resident(t, pid) - before[what]
-				t.Logf("%s: %d MiB more for %d uploads", what, more>>20, slow)
-				// Twice the session's share, as Go collects garbage, and the kernel's sockets
-				// and the connection are read by something.
-				if more > (2*tt.memory+64)<<20 {
-					t.Errorf("%s takes %d MiB more", what, more>>20)
-				}
-			}
+			o.grownBy(t, before, tt.memory)
 			// They go on where they were once somebody takes what they bring.
 			for _, c := range stuck {
 				c.SetWriteDeadline(time.Now())
@@ -457,6 +441,26 @@ func (o *tenants) endless() (port uint16, sent func() int64) {
 		serving.Wait()
 	})
 	return uint16(l.Addr().(*net.TCPAddr).Port), all.Load
+}
+
+// residents is the memory that both ends have now, in bytes.
+func (o *tenants) residents(t *testing.T) map[string]int {
+	t.Helper()
+	return map[string]int{"the sidecar": resident(t, o.near.Process.Pid), "the cloud proxy": resident(t, o.clouds[0].Process.Pid)}
+}
+
+// grownBy checks what both ends have taken since then, where a session may have so
+// many MiB for its streams: twice that, as Go collects garbage, and what the
+// connection and the kernel's sockets are read by.
+func (o *tenants) grownBy(t *testing.T, before map[string]int, share int) {
+	t.Helper()
+	for what, now := range o.residents(t) {
+		more := now - before[what]
+		t.Logf("%s: %d MiB more", what, more>>20)
+		if more > (2*share+64)<<20 {
+			t.Errorf("%s takes %d MiB more", what, more>>20)
+		}
+	}
 }
 
 // resident is the memory that a process has now, in bytes.

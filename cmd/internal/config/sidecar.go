@@ -123,10 +123,12 @@ func (c *Sidecar) File() string { return c.file }
 // Located gives an error about what a key of the file names, such as a user or a
 // file, the file's name and the line.
 func (c *Sidecar) Located(err error) error {
-	if c.file == "" || tunnel.CodeOf(err) != tunnel.ConfigInvalid || lineIn(c.file, err) == 0 {
-		return err
+	if c.file != "" && tunnel.CodeOf(err) == tunnel.ConfigInvalid {
+		if line := lineIn(c.file, err); line > 0 {
+			return atLine(c.file, line, err)
+		}
 	}
-	return checked(c.file, func() error { return err })
+	return err
 }
 
 // Check fills in defaults and says what is missing or can not be.

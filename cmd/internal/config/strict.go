@@ -116,9 +116,13 @@ func checked(file string, check func() error) error {
 		return nil
 	}
 	if line := lineIn(file, err); line > 0 {
-		err = &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err}
+		return atLine(file, line, err)
 	}
 	return inFile(file, err)
+}
+
+func atLine(file string, line int, err error) error {
+	return inFile(file, &tunnel.Error{Code: tunnel.CodeOf(err), Text: fmt.Sprintf("line %d: %s", line, tunnel.Sentence(err)), Err: err})
 }
 
 // lineIn is the line of the key that an error begins with; 0: it does not begin
