@@ -238,8 +238,8 @@ func (f *Front) take(ctx context.Context, c net.Conn) {
 	}
 	f.mu.Unlock()
 	if full {
+		f.refused.Add(tunnel.LimitExceeded) // first: who is closed finds it counted
 		c.Close()
-		f.refused.Add(tunnel.LimitExceeded)
 		if n, ok := f.overflows.allow(); ok {
 			f.log.Warn("front: too many connections are open; a new one was closed", "limit", f.maxConns, "unlogged", n)
 		}

@@ -26,8 +26,8 @@ func (s *stream) Abort(error) {
 func (c *Capture) take(ctx context.Context, conn net.Conn) {
 	s := &stream{TCPConn: conn.(*net.TCPConn), app: tunnel.AddrPortOf(conn.RemoteAddr()), to: tunnel.AddrPortOf(conn.LocalAddr())}
 	if err := c.admit(s); err != nil {
+		c.failed("TCP", s.app, s.to, err) // first: who is told finds it counted
 		s.Abort(err)
-		c.failed("TCP", s.app, s.to, err)
 		return
 	}
 	go c.serve(ctx, s)
@@ -67,10 +67,10 @@ func (c *Capture) serve(ctx context.Context, s *stream) {
 	}
 	far, err := c.cfg.Next.OpenStream(ctx, tunnel.Peer{Addr: s.app}, target)
 	if err != nil {
-		s.Abort(err)
 		if ctx.Err() == nil {
 			c.failed("TCP", s.app, s.to, err)
 		}
+		s.Abort(err)
 		return
 	}
 	if err := tunnel.Splice(s, far); err != nil {
