@@ -16,6 +16,9 @@
 // On Unix its sockets do not broadcast, not even to an address that only this
 // host's networks tell from any other.
 //
+// Where the places for associations or streams become few, each App ID gets a
+// share of them: no one takes them all.
+//
 // It does not decide what may be reached: without a guard it sends to private
 // and loopback addresses like any program on this host.
 package egress

@@ -25,7 +25,7 @@ type Config struct {
 	// nothing is.
 	Control         func(network, address string, c syscall.RawConn) error
 	MaxAge          time.Duration // how long a datagram from outside may wait in a socket until it is dropped; 0: for ever
-	MaxAssociations int           // of all sessions together; 0: 100,000. Where the process may open fewer files: 80 % of these
+	MaxAssociations int           // of all sessions together; 0: 100,000. Where the process may open fewer files: 80 % of these. One App ID gets at most eight ninths
 	MaxStreams      int           // the same of TCP connections; 0: 50,000. Where the process may open fewer files: 15 % of these
 }
 
@@ -64,8 +64,9 @@ type Egress struct {
 	closed  bool
 	assocs  map[*association]struct{}
 	streams map[*stream]struct{}
-	dialing int // streams that are to be
 	ports   map[mapping]*socket
+	// What the App IDs hold of both; of the streams also those that are to be.
+	assocShares, streamShares shares
 }
 
 // mapping names a socket. All sockets of a family are bound to the same
@@ -107,6 +108,7 @@ func New(cfg Config) (*Egress, error) {
 	e := &Egress{
 		cfg: cfg, epoch: time.Now(), stop: make(chan struct{}),
 		assocs: map[*association]struct{}{}, streams: map[*stream]struct{}{}, ports: map[mapping]*socket{},
+		assocShares: newShares(cfg.MaxAssociations), streamShares: newShares(cfg.MaxStreams),
 	}
 	e.poller.MaxAge = cfg.MaxAge
 	e.own.refresh(cfg)
@@ -237,33 +239,35 @@ func explain(to string, err error) error {
 }
 
 // OpenStream dials. See tunnel.Opener.
-func (e *Egress) OpenStream(ctx context.Context, _ tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
+func (e *Egress) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Target) (tunnel.Stream, error) {
 	if err := check(to); err != nil {
 		return nil, err
 	}
 	e.mu.Lock()
-	if len(e.streams)+e.dialing >= e.cfg.MaxStreams {
-		e.mu.Unlock()
-		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy has its limit of %d TCP connections of all sidecars; close some, or have egress.streams and the limit of open files raised there", e.cfg.MaxStreams)
-	}
-	e.dialing++
+	full, ok := e.streamShares.enter(by.App)
 	e.mu.Unlock()
-	s, err := e.dial(ctx, to)
+	switch {
+	case full:
+		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy has its limit of %d TCP connections of all sidecars; close some, or have egress.streams and the limit of open files raised there", e.cfg.MaxStreams)
+	case !ok:
+		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the sidecars of this App ID have their share of the %d TCP connections that the cloud proxy may open; close some, or have egress.streams and the limit of open files raised there", e.cfg.MaxStreams)
+	}
+	s, err := e.dial(ctx, by.App, to)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.dialing--
-	switch {
-	case err != nil:
-		return nil, err
-	case e.closed:
+	if err == nil && e.closed {
 		s.TCPConn.Close()
-		return nil, errStopped
+		err = errStopped
+	}
+	if err != nil {
+		e.streamShares.leave(by.App)
+		return nil, err
 	}
 	e.streams[s] = struct{}{}
 	return s, nil
 }
 
-func (e *Egress) dial(ctx context.Context, to tunnel.Target) (*stream, error) {
+func (e *Egress) dial(ctx context.Context, app string, to tunnel.Target) (*stream, error) {
 	d := net.Dialer{
 		Timeout:         e.cfg.DialTimeout,
 		Control:         e.cfg.Control,
@@ -283,13 +287,14 @@ func (e *Egress) dial(ctx context.Context, to tunnel.Target) (*stream, error) {
 		}
 		return nil, explain(to.String(), err)
 	}
-	return &stream{TCPConn: c.(*net.TCPConn), e: e}, nil
+	return &stream{TCPConn: c.(*net.TCPConn), e: e, app: app}, nil
 }
 
 // stream is a TCP connection.
 type stream struct {
 	*net.TCPConn
-	e *Egress
+	e   *Egress
+	app string
 }
 
 func (s *stream) Close() error {
@@ -306,8 +311,11 @@ func (s *stream) Abort(error) {
 
 func (s *stream) forget() {
 	s.e.mu.Lock()
-	delete(s.e.streams, s)
-	s.e.mu.Unlock()
+	defer s.e.mu.Unlock()
+	if _, open := s.e.streams[s]; open {
+		delete(s.e.streams, s)
+		s.e.streamShares.leave(s.app)
+	}
 }
 
 // OnHost reports whether an address is one of this host's, or leads here.

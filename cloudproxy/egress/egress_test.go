@@ -351,13 +351,20 @@ func TestTargetsThatAreNeverSentTo(t *testing.T) {
 	}
 }
 
-func dialPair(t *testing.T, e *Egress) (tunnel.Stream, *net.TCPConn) {
+// listener takes TCP connections until the test ends.
+func listener(t *testing.T) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+func dialPair(t *testing.T, e *Egress) (tunnel.Stream, *net.TCPConn) {
+	t.Helper()
+	l := listener(t)
 	s, err := e.OpenStream(context.Background(), tunnel.Peer{}, tunnel.TargetOf(l.Addr().(*net.TCPAddr).AddrPort()))
 	if err != nil {
 		t.Fatal(err)

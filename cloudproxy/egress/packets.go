@@ -35,6 +35,7 @@ const (
 type association struct {
 	e    *Egress
 	r    tunnel.Receiver
+	app  string
 	held bool
 	used atomic.Int64 // when a datagram last passed
 
@@ -53,15 +54,18 @@ type association struct {
 
 // OpenPackets starts an association. Its sockets are made by its first Sends.
 func (e *Egress) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets, error) {
-	a := &association{e: e, r: r, held: by.Held, remotes: map[netip.Addr]int64{}}
+	a := &association{e: e, r: r, app: by.App, held: by.Held, remotes: map[netip.Addr]int64{}}
 	a.used.Store(e.now())
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	switch {
-	case e.closed:
+	if e.closed {
 		return nil, errStopped
-	case len(e.assocs) >= e.cfg.MaxAssociations:
-		return nil, tunnel.Errorf(tunnel.LimitExceeded, "%d UDP associations are open, which is the limit here; close some or raise it", len(e.assocs))
+	}
+	switch full, ok := e.assocShares.enter(by.App); {
+	case full:
+		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy has its limit of %d UDP associations of all sidecars; close some, or have egress.associations and the limit of open files raised there", e.cfg.MaxAssociations)
+	case !ok:
+		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the sidecars of this App ID have their share of the %d UDP associations that the cloud proxy may open; close some, or have egress.associations and the limit of open files raised there", e.cfg.MaxAssociations)
 	}
 	e.assocs[a] = struct{}{}
 	return a, nil
@@ -111,7 +115,10 @@ func (a *association) Close() error {
 func (a *association) drop() {
 	e := a.e
 	e.mu.Lock()
-	delete(e.assocs, a)
+	if _, open := e.assocs[a]; open { // an end and a Close may both come here
+		delete(e.assocs, a)
+		e.assocShares.leave(a.app)
+	}
 	for i := range a.sockets {
 		if s := a.sockets[i].Load(); s != nil && e.ports[s.key] == s {
 			delete(e.ports, s.key)
