@@ -109,8 +109,9 @@ func TestBadFilesAreRefusedWithTheirLineAndWhatWasMeant(t *testing.T) {
 		"a WebSocket nowhere":     {cloud, goodCloudProxy + "websocket: {listen: \"127.0.0.1:8080\"}\n", []string{"websocket.path"}},
 		"a WebSocket, no port":    {cloud, goodCloudProxy + "websocket: {path: /c, listen: h}\n", []string{"line 7", "websocket.listen", "ADDRESS:PORT"}},
 		"users that are none":     {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "{users: []}", 1), []string{"line 9", "users", "empty list"}},
-		"users, and no value":     {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "\n  users:", 1), []string{"line 10", "users", "empty list"}},
-		"a pin without a value":   {sidecar, strings.Replace(goodSidecar, "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "", 1), []string{"line 4", "pin", "empty list"}},
+		"users, and no value":     {sidecar, strings.Replace(goodSidecar, `{listen: "127.0.0.1:1081"}`, "\n  users:", 1), []string{"line 10", "users", "no value"}},
+		"a file that ends early":  {sidecar, goodSidecar[:strings.Index(goodSidecar, "policy:")+len("policy:")], []string{"line 11", "policy has no value"}},
+		"a pin without a value":   {sidecar, strings.Replace(goodSidecar, "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "", 1), []string{"line 4", "pin", "no value"}},
 		"no App ID at all":        {cloud, goodCloudProxy + "apps: []\n", []string{"line 7", "apps", "empty list"}},
 		"an egress that is none":  {cloud, goodCloudProxy + "egress: {ipv4: '::1'}\n", []string{"egress.ipv4"}},
 	} {

@@ -60,7 +60,7 @@ func decode(data []byte, file string, into any) error {
 	} else if err != io.EOF {
 		return inFile(file, err)
 	}
-	if len(doc.Content) == 0 {
+	if len(doc.Content) == 0 || doc.Content[0].Tag == "!!null" {
 		return nil // empty: the defaults
 	}
 	if err := known(doc.Content[0], reflect.TypeOf(into).Elem(), "the configuration"); err != nil {
@@ -159,11 +159,14 @@ func known(n *yaml.Node, t reflect.Type, where string) error {
 		t = t.Elem()
 	}
 	// Such as front.users: without it everybody may, which nobody means by naming
-	// no one.
-	if t.Kind() == reflect.Slice && (n.Tag == "!!null" || n.Kind == yaml.SequenceNode && len(n.Content) == 0) {
+	// no one. Or a file that is being written, and ends after "policy:".
+	if t.Kind() == reflect.Slice && n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
 		return fmt.Errorf("line %d: %s is an empty list; put something into it, or leave the key out", n.Line, where)
 	}
-	if reflect.PointerTo(t).Implements(unmarshaler) || n.Tag == "!!null" {
+	if n.Tag == "!!null" {
+		return fmt.Errorf("line %d: %s has no value; give it one, or leave the key out", n.Line, where)
+	}
+	if reflect.PointerTo(t).Implements(unmarshaler) {
 		return nil
 	}
 	if t.Kind() == reflect.Slice && n.Kind == yaml.SequenceNode {
