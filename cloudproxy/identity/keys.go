@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 
 	"culvert/tunnel"
 )
@@ -90,9 +91,10 @@ func open(file string) (*os.File, error) {
 	return os.Open(file)
 }
 
-// LoadKey reads a private key. A file that others may read is refused.
+// LoadKey reads a private key. A file that everybody may read or write is refused,
+// but on Windows, where its bits do not tell.
 func LoadKey(file string) (ed25519.PrivateKey, error) {
-	if st, err := os.Stat(file); err == nil && st.Mode().Perm()&0o007 != 0 {
+	if st, err := os.Stat(file); err == nil && runtime.GOOS != "windows" && st.Mode().Perm()&0o007 != 0 {
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%s is a private key that every user can read or write; run chmod 600 on it", file)
 	}
 	block, err := load(file, os.Open)

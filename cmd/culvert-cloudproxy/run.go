@@ -51,6 +51,7 @@ func runCloudProxy(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	assemble.WarnOfExposed(log, conf.Exposed())
 	cloud, err := assemble.CloudProxyFrom(conf, log)
 	if err != nil {
 		return err

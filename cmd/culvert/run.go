@@ -76,6 +76,7 @@ func runSidecar(c *cli.Context) error {
 	if err != nil {
 		return conf.Located(err)
 	}
+	assemble.WarnOfExposed(log, conf.Exposed())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)

@@ -48,6 +48,14 @@ func NewLog(c config.Log, app string, w io.Writer) (*slog.Logger, error) {
 	return slog.New(a), nil
 }
 
+// WarnOfExposed names secrets that everybody on this machine can read. They are used
+// all the same: in a container nobody else may be there.
+func WarnOfExposed(log *slog.Logger, files []string) {
+	for _, file := range files {
+		log.Warn("a file with a secret can be read by every user of this machine; run chmod o= on it", "file", file)
+	}
+}
+
 // auditKey is the attribute of lines that belong in the audit file: its value
 // says what happened.
 const auditKey = "audit"
