@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"culvert/tunnel"
+	"culvert/tunnel/fair"
 	"culvert/tunnel/netio"
 )
 
@@ -85,9 +86,10 @@ type Front struct {
 	overflows    logLimit
 	poller       netio.Poller // reads associations
 
-	mu    sync.Mutex
-	conns map[*frontConn]struct{} // guarded by mu
-	wg    sync.WaitGroup          // one for each of conns
+	mu     sync.Mutex
+	conns  map[*frontConn]struct{} // guarded by mu
+	shares *fair.Places[uint32]    // the same, what users hold of them; nil: not known
+	wg     sync.WaitGroup          // one for each of conns
 }
 
 // FrontStats are counters since the Front was made, and live figures.
@@ -148,6 +150,9 @@ func NewFront(c FrontConfig) (*Front, error) {
 	f.poller.MaxAge = c.MaxAge
 	if f.maxConns == 0 {
 		f.maxConns = frontMaxConns
+	}
+	if len(f.users) > 0 {
+		f.shares = fair.New[uint32](f.maxConns)
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
@@ -260,6 +265,9 @@ func (f *Front) gone(c *frontConn) {
 	defer f.mu.Unlock()
 	if _, ok := f.conns[c]; ok {
 		delete(f.conns, c)
+		if c.placed {
+			f.shares.Leave(c.uid)
+		}
 		f.wg.Done()
 	}
 }
@@ -271,7 +279,7 @@ func (f *Front) serve(ctx context.Context, c *frontConn) {
 	c.SetDeadline(start.Add(f.greeting))
 	if c.stranger = f.strange(c); c.stranger != nil { // who is told so, if there are not many
 		defer f.strangers.Add(-1)
-		if f.strangers.Add(1) > maxStrangers {
+		if f.strangers.Add(1) > int64(min(maxStrangers, max(f.maxConns/16, 1))) {
 			f.failed(c, "", c.stranger)
 			return
 		}
@@ -298,11 +306,12 @@ func (f *Front) serve(ctx context.Context, c *frontConn) {
 	}
 }
 
-// maxStrangers bounds the connections of other users that are answered at once,
-// so that they take no places of those who may use the front.
+// maxStrangers bounds the refused connections that are answered at once, so that they
+// take no places of those who may use the front. It is a sixteenth of a small front.
 const maxStrangers = 64
 
-// strange says why a connection's user may not use the front; nil: the user may.
+// strange says why a connection's user may not use the front, or not more of it; nil:
+// the user may, and holds one place more.
 func (f *Front) strange(c *frontConn) error {
 	if len(f.users) == 0 {
 		return nil
@@ -313,6 +322,12 @@ func (f *Front) strange(c *frontConn) error {
 		return tunnel.Errorf(tunnel.NotPermitted, "the system does not tell which user of this machine asks, and only some may use Culvert here; connect from this machine itself")
 	case !slices.Contains(f.users, uid):
 		return tunnel.Errorf(tunnel.NotPermitted, "user %d may not use Culvert on this machine; ask its administrator to add the user to front.users", uid)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c.uid = uid
+	if _, c.placed = f.shares.Enter(uid); !c.placed {
+		return tunnel.Errorf(tunnel.LimitExceeded, "the apps of user %d have their share of the %d connections that Culvert takes on this machine; close some of them, or raise front.max_connections", uid, f.maxConns)
 	}
 	return nil
 }
@@ -373,7 +388,9 @@ type frontConn struct {
 	head io.LimitedReader
 	held atomic.Pointer[association] // the one that the connection now belongs to
 
-	stranger error // why its user may not use the front; nil: the user may
+	stranger error  // why its user may not use the front, or not more of it; nil: the user may
+	uid      uint32 // the user, where placed
+	placed   bool   // counts among what that user holds; guarded by Front.mu
 }
 
 func newFrontConn(c *net.TCPConn) *frontConn {

@@ -6,7 +6,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -85,6 +87,73 @@ func TestConnectionsOfOtherUsersTakeNoPlaces(t *testing.T) {
 	frontEventually(t, "those beyond the bound are closed", func() bool { return f.Stats().Open <= maxStrangers })
 	for _, c := range silent {
 		c.Close()
+	}
+}
+
+// dialAs connects to the front as another user.
+func dialAs(t *testing.T, f *Front, uid int) net.Conn {
+	t.Helper()
+	got := make(chan net.Conn)
+	go func() {
+		// The kernel gives a socket to its thread's user for the file system. Locked,
+		// the thread ends with the goroutine.
+		runtime.LockOSThread()
+		var c net.Conn
+		err := syscall.Setfsuid(uid)
+		if err == nil {
+			c, err = net.Dial("tcp", f.Addr().String())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		got <- c
+	}()
+	c := <-got
+	if c == nil {
+		t.FailNow()
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(frontPatience))
+	return c
+}
+
+func TestAUserWithManyConnectionsLeavesRoomForOthers(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can become another user")
+	}
+	const greedy, other = 4242, 4243
+	f := frontStart(t, &frontDirect{}, func(fc *FrontConfig) { fc.Users, fc.MaxConns = []uint32{greedy, other}, 36 })
+	to := tunnel.TargetOf(frontFarEnd(t, frontEcho))
+	connect := func(uid int) (net.Conn, byte) {
+		c := dialAs(t, f, uid)
+		c.Write(append(bytes.Clone(frontGreet), frontRequestBytes(1, to)...))
+		reply := make([]byte, 12)
+		if _, err := io.ReadFull(c, reply); err != nil {
+			t.Fatal(err)
+		}
+		return c, reply[3]
+	}
+	var last net.Conn
+	for i := range 32 {
+		c, reply := connect(greedy)
+		if reply != 0 {
+			t.Fatalf("the %d. of 36: reply %d", i+1, reply)
+		}
+		last = c
+	}
+	if _, reply := connect(greedy); reply == 0 {
+		t.Error("one user got more than eight ninths")
+	}
+	if n := f.Stats().Refused[string(tunnel.LimitExceeded)]; n != 1 {
+		t.Errorf("%d refusals are counted", n)
+	}
+	if _, reply := connect(other); reply != 0 {
+		t.Errorf("another user: reply %d", reply)
+	}
+	last.Close()
+	frontEventually(t, "the place is free again", func() bool { return f.Stats().Open <= 32 })
+	if _, reply := connect(other); reply != 0 {
+		t.Errorf("another user, when there is room: reply %d", reply)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"culvert/tunnel"
 	"culvert/tunnel/netio"
+	"culvert/tunnel/fair"
 )
 
 // Config says how traffic leaves. The zero value is usable.
@@ -66,7 +67,7 @@ type Egress struct {
 	streams map[*stream]struct{}
 	ports   map[mapping]*socket
 	// What the App IDs hold of both; of the streams also those that are to be.
-	assocShares, streamShares shares
+	assocShares, streamShares *fair.Places[string]
 }
 
 // mapping names a socket. All sockets of a family are bound to the same
@@ -108,7 +109,7 @@ func New(cfg Config) (*Egress, error) {
 	e := &Egress{
 		cfg: cfg, epoch: time.Now(), stop: make(chan struct{}),
 		assocs: map[*association]struct{}{}, streams: map[*stream]struct{}{}, ports: map[mapping]*socket{},
-		assocShares: newShares(cfg.MaxAssociations), streamShares: newShares(cfg.MaxStreams),
+		assocShares: fair.New[string](cfg.MaxAssociations), streamShares: fair.New[string](cfg.MaxStreams),
 	}
 	e.poller.MaxAge = cfg.MaxAge
 	e.own.refresh(cfg)
@@ -244,7 +245,7 @@ func (e *Egress) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Targe
 		return nil, err
 	}
 	e.mu.Lock()
-	full, ok := e.streamShares.enter(by.App)
+	full, ok := e.streamShares.Enter(by.App)
 	e.mu.Unlock()
 	switch {
 	case full:
@@ -260,7 +261,7 @@ func (e *Egress) OpenStream(ctx context.Context, by tunnel.Peer, to tunnel.Targe
 		err = errStopped
 	}
 	if err != nil {
-		e.streamShares.leave(by.App)
+		e.streamShares.Leave(by.App)
 		return nil, err
 	}
 	e.streams[s] = struct{}{}
@@ -314,7 +315,7 @@ func (s *stream) forget() {
 	defer s.e.mu.Unlock()
 	if _, open := s.e.streams[s]; open {
 		delete(s.e.streams, s)
-		s.e.streamShares.leave(s.app)
+		s.e.streamShares.Leave(s.app)
 	}
 }
 

@@ -394,6 +394,53 @@ func TestStreamsOfAllSessionsAreBounded(t *testing.T) {
 	dialPair(t, e) // what has ended or failed counts no longer
 }
 
+func TestAnAppWithManyAssociationsAndStreamsLeavesRoomForOthers(t *testing.T) {
+	e := newEgress(t, Config{MaxAssociations: 18, MaxStreams: 18})
+	l := listener(t)
+	to := tunnel.TargetOf(tunnel.AddrPortOf(l.Addr()))
+	for kind, open := range map[string]func(by tunnel.Peer) (end func(), _ error){
+		"streams": func(by tunnel.Peer) (func(), error) {
+			s, err := e.OpenStream(context.Background(), by, to)
+			return func() { s.Close(); s.Abort(nil) }, err // both: it is counted once
+		},
+		"associations": func(by tunnel.Peer) (func(), error) {
+			p, err := e.OpenPackets(by, newReceiver())
+			return func() { p.Close(); p.Close() }, err
+		},
+	} {
+		var ends []func()
+		take := func(app string, want int) {
+			t.Helper()
+			n := 0
+			for {
+				end, err := open(tunnel.Peer{App: app})
+				if err != nil {
+					if tunnel.CodeOf(err) != tunnel.LimitExceeded {
+						t.Error(err)
+					}
+					break
+				}
+				ends, n = append(ends, end), n+1
+			}
+			if n != want {
+				t.Errorf("%s: %s got %d, want %d", kind, app, n, want)
+			}
+		}
+		take("greedy", 16)
+		take("other", 2)
+		for _, end := range ends {
+			end()
+		}
+		take("other", 16)
+		for _, end := range ends {
+			end()
+		}
+	}
+	if st := e.Stats(); st.Streams != 0 || st.Associations != 0 || e.streamShares.Held() != 0 || e.assocShares.Held() != 0 {
+		t.Errorf("%+v are left, and %d and %d are counted", st, e.streamShares.Held(), e.assocShares.Held())
+	}
+}
+
 func TestStreams(t *testing.T) {
 	e := newEgress(t, Config{})
 	t.Run("half-close", func(t *testing.T) {

@@ -61,7 +61,7 @@ func (e *Egress) OpenPackets(by tunnel.Peer, r tunnel.Receiver) (tunnel.Packets,
 	if e.closed {
 		return nil, errStopped
 	}
-	switch full, ok := e.assocShares.enter(by.App); {
+	switch full, ok := e.assocShares.Enter(by.App); {
 	case full:
 		return nil, tunnel.Errorf(tunnel.LimitExceeded, "the cloud proxy has its limit of %d UDP associations of all sidecars; close some, or have egress.associations and the limit of open files raised there", e.cfg.MaxAssociations)
 	case !ok:
@@ -117,7 +117,7 @@ func (a *association) drop() {
 	e.mu.Lock()
 	if _, open := e.assocs[a]; open { // an end and a Close may both come here
 		delete(e.assocs, a)
-		e.assocShares.leave(a.app)
+		e.assocShares.Leave(a.app)
 	}
 	for i := range a.sockets {
 		if s := a.sockets[i].Load(); s != nil && e.ports[s.key] == s {
