@@ -5,9 +5,9 @@
 //	if full, ok := places.Enter(app); !ok { … }
 //	defer places.Leave(app)
 //
-// It promises that whoever holds nothing gets a place while others only grow by
-// Enter, however many places one of them asks for, and that no number has to be set
-// for each.
+// It promises that however many places one asks for, a ninth of all is left to the
+// others, who share it in the same way, and that no number has to be set for each. Of
+// eight places or fewer one may have all.
 //
 // It takes no place away from anybody, so what one holds already stays its own
 // however many others come, and it is not safe for concurrent use.
