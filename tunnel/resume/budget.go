@@ -33,6 +33,9 @@ const (
 	// untakenMost is how long nobody may take anything of what a Conn has kept,
 	// where others need the memory.
 	untakenMost = 2 * time.Second
+	// reliefPause is between two rounds in which Conns end for want of memory: what
+	// the first give back is dealt out before more have to go.
+	reliefPause = 50 * time.Millisecond
 )
 
 // A Budget bounds the memory that the Conns of a process keep, beyond what
@@ -66,6 +69,8 @@ type Share struct {
 	used   int
 	queue  list.List // of the *accounts that wait
 	listed bool      // it is among of.ready
+	round  time.Time // when the last round of ends for want of memory began
+	left   int       // how many more may end in it
 }
 
 // Share makes a share of at most so many bytes; 0: DefaultShare.
@@ -271,26 +276,36 @@ func (c *Conn) watchUntakenLocked() {
 		return
 	}
 	c.untaken = true
-	taken := c.taken
-	time.AfterFunc(untakenMost, func() {
+	if c.fullSince.IsZero() || c.fullAt != c.taken {
+		c.fullSince, c.fullAt = time.Now(), c.taken
+	}
+	time.AfterFunc(max(untakenMost-time.Since(c.fullSince), reliefPause), func() {
 		c.mu.Lock()
 		c.untaken = false
 		stays := c.full && !c.closed && c.err == nil
-		if stays && c.taken != taken {
-			c.watchUntakenLocked()
-			stays = false
+		if !stays {
+			c.fullSince = time.Time{}
 		}
+		untaken := stays && c.fullAt == c.taken
 		c.mu.Unlock()
-		if stays {
+		if untaken {
 			c.cfg.Kept.relieve(c)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if stays && c.err == nil {
+			c.watchUntakenLocked()
 		}
 	})
 }
 
 // relieve ends a Conn of which nobody takes anything, so that there is memory
 // again: c itself where its session has used up its share, else one of the session
-// that keeps most.
+// that keeps most. Where enough have ended just now, it does nothing.
 func (s *Share) relieve(c *Conn) {
+	if !s.mayRelieve() {
+		return
+	}
 	worst, most := c, 0
 	for _, other := range s.rivals() {
 		if n := other.untakenFor(untakenMost); n > most {
@@ -302,6 +317,18 @@ func (s *Share) relieve(c *Conn) {
 	if worst.failLocked(errUntaken, true); worst.err == errUntaken {
 		worst.dropLocked(&worst.kept)
 	}
+}
+
+// mayRelieve counts those that end: in each round a quarter of those that wait for
+// memory, or one.
+func (s *Share) mayRelieve() bool {
+	s.of.mu.Lock()
+	defer s.of.mu.Unlock()
+	if now := time.Now(); now.Sub(s.round) >= reliefPause {
+		s.round, s.left = now, max(s.queue.Len()/4, 1)
+	}
+	s.left--
+	return s.left >= 0
 }
 
 // rivals returns, where memory is short for all, what keeps something in the session

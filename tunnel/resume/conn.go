@@ -94,10 +94,12 @@ type Conn struct {
 	pumping bool
 	waiting int // Writes that wait for room
 
-	sentMemory account // of chunks
-	keptMemory account // of kept
-	full       bool    // nothing was left for pull to keep
-	untaken    bool    // a timer runs that looks whether it stays so
+	sentMemory account   // of chunks
+	keptMemory account   // of kept
+	full       bool      // nothing was left for pull to keep
+	untaken    bool      // a timer runs that looks whether it stays so
+	fullSince  time.Time // since when it is full again and again, and nobody takes anything
+	fullAt     uint64    // taken then
 
 	// While full, and a Write waits.
 	watched  bool          // a timer runs that looks whether it is stuck

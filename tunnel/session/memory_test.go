@@ -95,8 +95,8 @@ func TestUploadsBeyondTheSessionsMemoryEnd(t *testing.T) {
 		})
 	}
 	eventually(t, "those for which there is no memory end", func() bool { return ended.Load() >= streams-limit/resume.Window-1 })
-	if n := ended.Load(); n == streams {
-		t.Error("all have ended, though there is memory for two")
+	if n := ended.Load(); n > streams-limit/resume.Window {
+		t.Errorf("%d of %d have ended, though there is memory for %d", n, streams, limit/resume.Window)
 	}
 	for _, s := range open {
 		s.Close()
