@@ -96,6 +96,7 @@ func TestAPeerThatFloodsWithFramesIsCut(t *testing.T) {
 					own.Write([]byte{0})
 				}
 				if rounds%100 == 0 {
+					other.SetDeadline(time.Now().Add(testPatience)) // of each exchange
 					other.Write(buf)
 					if _, err := io.ReadFull(other, buf); err != nil {
 						t.Fatalf("another connection: %v", err)
