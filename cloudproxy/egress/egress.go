@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"culvert/tunnel"
-	"culvert/tunnel/netio"
 	"culvert/tunnel/fair"
+	"culvert/tunnel/netio"
 )
 
 // Config says how traffic leaves. The zero value is usable.
