@@ -130,6 +130,8 @@ func (l *login) next(offered []challenge) (err error) {
 		}
 		// No challenge: it wants something else by this scheme, such as a Kerberos ticket.
 		l.useless = append(l.useless, was.scheme)
+	case was.digest != nil && stale(offered):
+		// The password was right, and the nonce of another of several proxies, or too old already.
 	case l.fresh, was.handshake(), was.digest == nil && slices.ContainsFunc(offered, func(c challenge) bool { return c.is(was.scheme) }):
 		// The password itself was judged, not a nonce.
 		l.rejected = true
@@ -148,6 +150,12 @@ func (l *login) next(offered []challenge) (err error) {
 		}
 		l.useless = append(l.useless, l.method.scheme)
 	}
+}
+
+// stale says that only a nonce was not accepted (RFC 7616 §3.3).
+func stale(offered []challenge) bool {
+	m := choose(slices.DeleteFunc(slices.Clone(offered), func(c challenge) bool { return !c.is("Digest") }), nil)
+	return m != nil && m.digest.Stale
 }
 
 // byTicket answers by a Kerberos ticket, where that is asked for and there is one.
@@ -247,8 +255,12 @@ func required(proxy *url.URL, offered []challenge, c credentials, tried *method,
 	case tried != nil:
 		e.Tried = tried.scheme
 		text = fmt.Sprintf("%s does not accept this user or password by %s (it %s); correct proxy.user and the file of proxy.password_file, or where HTTPS_PROXY holds them, that", name(proxy), tried.scheme, offers)
+	case c.user == "" && len(e.Schemes) == 1 && offered[0].is(negotiate):
+		text = fmt.Sprintf("%s wants to know who is there (407; it %s); set proxy.user and proxy.password_file, or get a Kerberos ticket (kinit), or ask IT to let this machine through", name(proxy), offers)
 	case c.user == "":
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s); set proxy.user and proxy.password_file, or ask IT to let this machine through", name(proxy), offers)
+	case errors.Is(noTicket, errNoTickets) && slices.ContainsFunc(offered, func(o challenge) bool { return o.is(negotiate) }):
+		text = fmt.Sprintf("%s wants to know who is there (407; it %s), takes no password that way, and there is no Kerberos ticket here; get one with kinit, or ask IT to offer NTLM, Digest or Basic", name(proxy), offers)
 	default:
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s), and Culvert can answer Negotiate, NTLM, Digest (MD5, SHA-256 or SHA-512/256) and Basic; ask IT to offer one of these", name(proxy), offers)
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -266,6 +267,56 @@ func TestThePasswordOfAURLIsUsedAndShownNowhere(t *testing.T) {
 	ways, err := Environment()(t.Context(), target)
 	if len(ways) > 0 || err != nil {
 		t.Errorf("in spite of NO_PROXY: %v, %v", ways, err)
+	}
+}
+
+// A password that was not encoded makes another URL of it, or none.
+func TestAURLThatNamesNoProxyIsRepeatedNowhere(t *testing.T) {
+	for _, u := range []string{
+		"http://alice:secret/secret@proxy:3128", "http://alice:secret#secret@proxy:3128", "http://alice:secret?secret@proxy:3128", "http://alice:secret%zz@proxy:3128",
+		"http://alice:12#secret@proxy:3128", "http://CLINIC\\alice:secret@proxy:3128", "http://alice:secret@proxy:3128/secret", "http://alice:secret@[::1",
+		"alice:secret/secret@proxy:3128", "alice:secret%zz@proxy:3128",
+	} {
+		t.Setenv("HTTPS_PROXY", u)
+		t.Setenv("NO_PROXY", "inside.example")
+		choose := Environment()
+		ways, err := choose(t.Context(), target)
+		if tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), "HTTPS_PROXY") || !strings.Contains(err.Error(), "%23 for #") || strings.Contains(err.Error(), "secret") || strings.Contains(err.Error(), "alice") {
+			t.Errorf("%s: %v, %v", u, ways, err)
+		}
+		if ways, err := choose(t.Context(), "a.inside.example:443"); len(ways) > 0 || err != nil {
+			t.Errorf("%s, in spite of NO_PROXY: %v, %v", u, ways, err)
+		}
+		if _, err := ParseURL(u); err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s in the configuration: %v", u, err)
+		}
+	}
+}
+
+// Several proxies behind one address, each with nonces of its own, take a password
+// that is right in the end, and in bounds.
+func TestAStaleNonceIsNoWrongPassword(t *testing.T) {
+	for _, times := range []int{1, 3, 99} {
+		good, asked := digested("SHA-256", 9), 0
+		p := newProxy(t, func(s *session, r *http.Request) []string {
+			if asked++; asked <= 1+times {
+				return []string{fmt.Sprintf(`Digest realm="r", nonce="of another %d", qop="auth", stale=%t`, asked, asked > 1)}
+			}
+			return good(s, r)
+		})
+		d := dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, goodPassword)})
+		err := dial(t, d)
+		var auth *AuthError
+		if (err == nil) != (times < 99) || errors.As(err, &auth) {
+			t.Errorf("stale %d times: %v", times, err)
+		}
+		if said, _ := p.heard(); len(said) > maxRequests {
+			t.Errorf("stale %d times, %d requests", times, len(said))
+		}
+		p.login = basic
+		if err := dial(t, d); err != nil {
+			t.Errorf("after stale nonces the password counts as wrong: %v", err)
+		}
 	}
 }
 

@@ -112,7 +112,7 @@ func TestATicketOpensASquidThatWantsKerberos(t *testing.T) {
 	if _, err := Ticket(t.Context(), "127.0.0.1"); !errors.Is(err, errNoTickets) {
 		t.Errorf("without a cache: %v", err)
 	}
-	if _, err = d.Dial(t.Context(), "tcp", at); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || strings.Contains(err.Error(), "ticket") {
+	if _, err = d.Dial(t.Context(), "tcp", at); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || strings.Contains(err.Error(), "could not be used") {
 		t.Errorf("without a cache: %v", err)
 	}
 	t.Setenv("KRB5CCNAME", "KEYRING:persistent:0")
@@ -153,6 +153,18 @@ func TestAfterATicketThePasswordIsTried(t *testing.T) {
 					t.Errorf("the proxy heard %q", begins(said))
 				}
 			})
+		}
+	}
+}
+
+// What the proxy wants has to be said: a password does not help.
+func TestNegotiateAloneAsksForATicket(t *testing.T) {
+	p := newProxy(t, func(*session, *http.Request) []string { return []string{"Negotiate"} })
+	none := func(context.Context, string) ([]byte, error) { return nil, errNoTickets }
+	for user, want := range map[string]string{goodUser: "takes no password that way, and there is no Kerberos ticket here; get one with kinit", "": "or get a Kerberos ticket"} {
+		err := dial(t, dialer(t, Config{Choose: to(p.url), Ticket: none, Credentials: knownAs(user, goodPassword)}))
+		if tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || !strings.Contains(err.Error(), want) {
+			t.Errorf("as %q: %v", user, err)
 		}
 	}
 }
