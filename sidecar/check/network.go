@@ -149,7 +149,11 @@ func (r *run) handshake(ctx context.Context) Outcome {
 			conn, err = again, nil
 		}
 	}
-	if err != nil {
+	var byProxy *tunnel.Error
+	switch {
+	case err != nil && r.cfg.Proxy != nil && errors.As(err, &byProxy): // which has let the connection before through
+		return ProxyOutcome("", err)
+	case err != nil:
 		return r.noTLS(err)
 	}
 	defer conn.Close()
@@ -173,6 +177,12 @@ func (r *run) verdict(shown []*x509.Certificate) verdict {
 		v = judge(shown, nil, roots, r.host, now)
 	case v.code == tunnel.TLSIntercepted:
 		v.inspected(shown, roots, r.cfg.TLS.ServerName, r.cfg.Inspectors, now)
+	}
+	if v.foreign && namedFor(v.leaf, r.host) { // an inspector goes by the address where the name is ours alone
+		v.foreign, v.code = false, tunnel.TLSIntercepted
+		if v.own {
+			v.code = tunnel.CertificateUntrusted
+		}
 	}
 	v.address = r.cfg.Address
 	return v
@@ -236,7 +246,8 @@ func (r *run) askTime(c io.ReadWriter, deadline func(time.Time) error) {
 // portal looks for a web page that stands in for others.
 func (r *run) portal(ctx context.Context) Outcome {
 	if r.tls.foreign {
-		return Outcome{Status: Failed, Code: tunnel.CaptivePortal, Says: "another server answers with TLS in the cloud proxy's place", Do: signIn}
+		return Outcome{Status: Failed, Code: tunnel.CaptivePortal, Do: signIn,
+			Says: fmt.Sprintf("another server answers with TLS in the cloud proxy's place: its certificate is for %q, issued by %q", r.tls.subject(), r.tls.issuer())}
 	}
 	ctx, cancel := context.WithTimeout(ctx, portalTime)
 	defer cancel()

@@ -2,6 +2,7 @@ package check
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"net/netip"
@@ -86,6 +87,18 @@ func TestAProxyThatSendsToASignInPage(t *testing.T) {
 		t.Errorf("got %+v", o)
 	}
 	if o := ProxyOutcome("", errors.New("broken")); o.Code != tunnel.CloudUnreachable {
+		t.Errorf("got %+v", o)
+	}
+}
+
+// It let the first connection through, and not the second: that is not the far end's fault.
+func TestAProxyThatChangesItsMindIsNamed(t *testing.T) {
+	refusal := tunnel.Errorf(tunnel.ProxyAuthRequired, "the proxy does not accept this password")
+	r := &run{cfg: Config{
+		Address: "cloud.example.net:443", TLS: &tls.Config{}, Proxy: func(context.Context) Outcome { return Outcome{Status: Good} },
+		Through: func(context.Context, string, string) (net.Conn, error) { return nil, refusal },
+	}}
+	if o := r.handshake(t.Context()); o.Code != tunnel.ProxyAuthRequired || o.Says != refusal.Text || o.Status != Failed {
 		t.Errorf("got %+v", o)
 	}
 }
