@@ -57,6 +57,41 @@ func TestCheckNamesWhatIsWrongWithTheConfiguration(t *testing.T) {
 	}
 }
 
+func TestCheckTellsWhatItFoundWhereThePageCanNotBeWritten(t *testing.T) {
+	if _, err := os.Stat("/dev/full"); err != nil {
+		t.Skip("a disk that is full: ", err)
+	}
+	file := filepath.Join(t.TempDir(), "culvert.yaml")
+	if err := os.WriteFile(file, []byte("nonsense: 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, bad := runWant(t, 1, "check", "-c", file, "--json", "--report", "/dev/full")
+	var r check.Report
+	if err := json.Unmarshal([]byte(out), &r); err != nil || !strings.Contains(r.Sentence, "nonsense") || !strings.Contains(bad, "the report can not be written") {
+		t.Errorf("%v\n%s%s", err, out, bad)
+	}
+}
+
+func TestCheckWritesItsPageOverNoConfiguration(t *testing.T) {
+	dir := t.TempDir()
+	file, other := filepath.Join(dir, "culvert.yaml"), filepath.Join(dir, "link")
+	const text = "cloud_proxy: {address: a.example}\nidentity: {app: x, token: not-a-token}\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(file, other); err != nil {
+		t.Fatal(err)
+	}
+	for _, page := range []string{file, other} {
+		if _, bad := runWant(t, 2, "check", "-c", file, "--report", page); !strings.Contains(bad, "is the configuration") {
+			t.Error(bad)
+		}
+	}
+	if got, err := os.ReadFile(file); err != nil || string(got) != text {
+		t.Errorf("the configuration is %q, %v", got, err)
+	}
+}
+
 func TestCheckPrintsFiguresAndOneSentence(t *testing.T) {
 	f := check.Figures{Sent: 500, Arrived: 495, Loss: 0.01, Delay: 20 * time.Millisecond, P99: 31500 * time.Microsecond, Gap: 45 * time.Millisecond}
 	k := check.Kind{Up: f, Down: f, Grade: check.GradeAcceptable}

@@ -142,11 +142,12 @@ func TestAnInspectorWhoIsTrustedAndShowsNothingGood(t *testing.T) {
 	roots := x509.NewCertPool()
 	roots.AddCert(ca.cert)
 	for why, shown := range map[string]*signer{
-		"expired":              issue(t, name, ca, now.AddDate(0, -2, 0), now.AddDate(0, -1, 0)),
-		"incompatible key usa": issue(t, name, ca, now.AddDate(0, -2, 0), now.AddDate(0, 1, 0), func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }),
-		"legacy Common Name":   issue(t, name, ca, now.AddDate(0, -2, 0), now.AddDate(0, 1, 0), func(c *x509.Certificate) { c.DNSNames = nil }),
+		"not valid for any names": issue(t, "192.0.2.1", ca, now.AddDate(0, -2, 0), now.AddDate(0, 1, 0), func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = nil, []net.IP{{192, 0, 2, 1}} }),
+		"expired":                 issue(t, name, ca, now.AddDate(0, -2, 0), now.AddDate(0, -1, 0)),
+		"incompatible key usa":    issue(t, name, ca, now.AddDate(0, -2, 0), now.AddDate(0, 1, 0), func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }),
+		"legacy Common Name":      issue(t, name, ca, now.AddDate(0, -2, 0), now.AddDate(0, 1, 0), func(c *x509.Certificate) { c.DNSNames = nil }),
 	} {
-		r := &run{host: name, cfg: Config{Address: name + ":443", TLS: &tls.Config{RootCAs: roots, ServerName: name}, Pins: []string{"sha256/x"}, Inspectors: []string{"Hospital CA"}, Now: time.Now}}
+		r := &run{host: "192.0.2.1", cfg: Config{Address: "192.0.2.1:443", TLS: &tls.Config{RootCAs: roots, ServerName: name}, Pins: []string{"sha256/x"}, Inspectors: []string{"Hospital CA"}, Now: time.Now}}
 		o := r.verdict([]*x509.Certificate{shown.cert}).outcome(false, 0, now)
 		if o.Code != tunnel.TLSIntercepted || !strings.Contains(o.Says, "trust_interception names it") || !strings.Contains(o.Says, why) {
 			t.Errorf("%s: %+v", why, o)

@@ -171,18 +171,18 @@ func (r *run) handshake(ctx context.Context) Outcome {
 func (r *run) verdict(shown []*x509.Certificate) verdict {
 	roots, now := r.cfg.TLS.RootCAs, r.cfg.Now()
 	v := judge(shown, r.cfg.Pins, roots, r.cfg.TLS.ServerName, now)
+	if v.foreign && namedFor(v.leaf, r.host) { // an inspector goes by the address where the name is ours alone
+		v.foreign, v.code = false, tunnel.TLSIntercepted
+		if v.own {
+			v.code = tunnel.CertificateUntrusted
+		}
+	}
 	switch {
 	case v.code == "":
 	case r.cfg.Web:
 		v = judge(shown, nil, roots, r.host, now)
 	case v.code == tunnel.TLSIntercepted:
 		v.inspected(shown, roots, r.cfg.TLS.ServerName, r.cfg.Inspectors, now)
-	}
-	if v.foreign && namedFor(v.leaf, r.host) { // an inspector goes by the address where the name is ours alone
-		v.foreign, v.code = false, tunnel.TLSIntercepted
-		if v.own {
-			v.code = tunnel.CertificateUntrusted
-		}
 	}
 	v.address = r.cfg.Address
 	return v

@@ -102,3 +102,35 @@ func TestAProxyThatChangesItsMindIsNamed(t *testing.T) {
 		t.Errorf("got %+v", o)
 	}
 }
+
+// What a test met that was ended says nothing of the network.
+func TestAnInterruptedTestGivesNoVerdict(t *testing.T) {
+	for _, at := range []string{"name resolution", "TCP 443"} {
+		ctx, end := context.WithCancel(t.Context())
+		r := Run(ctx, Config{
+			Address: "cloud.example.net:443", TLS: &tls.Config{}, Mode: tunnel.ModeTCP, Setup: Outcome{Status: Good, Says: "understood"},
+			Lookup: func(ctx context.Context, _ string) ([]netip.Addr, error) {
+				if at == "name resolution" {
+					end()
+				}
+				return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, ctx.Err()
+			},
+			Direct: func(context.Context, string, string) (net.Conn, error) { end(); return nil, ctx.Err() },
+		})
+		if !r.Interrupted || r.Verdict != Failed || r.Exit() != 1 || r.Code != "" || !strings.Contains(r.Sentence, `interrupted at the step "`+at) || r.Next == "" {
+			t.Errorf("%s: %+v", at, r)
+		}
+		if r.Steps[0].Status != Good {
+			t.Errorf("%s: what was found before is %+v", at, r.Steps[0])
+		}
+		for _, s := range r.Steps {
+			if s.Status == Failed {
+				t.Errorf("%s: the network is blamed: %+v", at, s)
+			}
+		}
+		var page strings.Builder
+		if err := r.WritePage(&page); err != nil || !strings.Contains(page.String(), "<strong>Not known:</strong> the check was interrupted") {
+			t.Errorf("%s: %v\n%s", at, err, page.String())
+		}
+	}
+}
