@@ -360,12 +360,13 @@ func TestWhatAProxyAnswersBecomesASentence(t *testing.T) {
 		"not HTTP":           {"SSH-2.0-OpenSSH_9.2\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
 		"a line of 50 KB":    {"SSH-2.0-" + strings.Repeat("x", 50000) + "\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
 		"a head of 100 KiB":  {endless, tunnel.CloudUnreachable, "no answer that HTTP knows"},
+		"a malformed line":   {"HTTP/1.1 302 Found\r\nLocation: http://portal/\x1b?session=secret\r\n\r\n", tunnel.CloudUnreachable, "malformed line"},
 		"interim for ever":   {strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 50), tunnel.CloudUnreachable, "no answer that HTTP knows"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := dialer(t, Config{Choose: to(answering(t, c.answer))})
 			_, err := d.Dial(t.Context(), "tcp", target)
-			if tunnel.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.says) || strings.ContainsAny(err.Error(), "\x1b\n") || len(err.Error()) > 500 {
+			if tunnel.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.says) || strings.ContainsAny(err.Error(), "\x1b\n") || strings.Contains(err.Error(), "secret") || len(err.Error()) > 500 {
 				t.Errorf("got %.600v (%d bytes)", err, len(err.Error()))
 			}
 			if errors.Is(err, tunnel.CaptivePortal) != (c.says == "log in") {
