@@ -252,7 +252,6 @@ func (r *run) portal(ctx context.Context) Outcome {
 	ctx, cancel := context.WithTimeout(ctx, portalTime)
 	defer cancel()
 	t := &http.Transport{DialContext: r.cfg.Direct, DisableKeepAlives: true}
-	client := http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	host := r.host
 	if strings.Contains(host, ":") {
 		host = "[" + host + "]"
@@ -261,21 +260,22 @@ func (r *run) portal(ctx context.Context) Outcome {
 	if err != nil {
 		return Outcome{Status: Skipped, Says: "the cloud proxy's name fits in no URL"}
 	}
-	res, err := client.Do(req)
+	res, err := t.RoundTrip(req) // a client would take a Location that it can not read for no answer
 	if err != nil {
 		return Outcome{Status: Good, Says: "nobody answers plain HTTP in the cloud proxy's name"}
 	}
 	res.Body.Close()
 	to := ""
-	if loc, err := res.Location(); err == nil && !strings.EqualFold(loc.Hostname(), r.host) {
+	loc, err := res.Location()
+	if err == nil && !strings.EqualFold(loc.Hostname(), r.host) {
 		to = (&url.URL{Scheme: loc.Scheme, Host: loc.Host}).String() // what follows may be a secret of the portal's
 	}
-	caught := to != "" || res.StatusCode == http.StatusNetworkAuthenticationRequired // RFC 6585 §6
+	caught := to != "" || err != nil && !errors.Is(err, http.ErrNoLocation) || res.StatusCode == http.StatusNetworkAuthenticationRequired // RFC 6585 §6
 	switch {
 	case caught && !r.tlsOK:
 		o := Outcome{Status: Failed, Code: tunnel.CaptivePortal, Do: signIn, Says: fmt.Sprintf("a captive portal answers in the cloud proxy's name (HTTP %d)", res.StatusCode)}
 		if to != "" {
-			o.Says = fmt.Sprintf("a captive portal answers in the cloud proxy's name and sends to %q (HTTP %d)", to, res.StatusCode)
+			o.Says = fmt.Sprintf("a captive portal answers in the cloud proxy's name and sends to %.100q (HTTP %d)", to, res.StatusCode)
 		}
 		return o
 	case caught:

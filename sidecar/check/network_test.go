@@ -1,10 +1,13 @@
 package check
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"strings"
@@ -131,6 +134,32 @@ func TestAnInterruptedTestGivesNoVerdict(t *testing.T) {
 		var page strings.Builder
 		if err := r.WritePage(&page); err != nil || !strings.Contains(page.String(), "<strong>Not known:</strong> the check was interrupted") {
 			t.Errorf("%s: %v\n%s", at, err, page.String())
+		}
+	}
+}
+
+func TestAPortalIsOneWhateverItsLocationIs(t *testing.T) {
+	for location, want := range map[string]string{
+		"http://portal.example/?session=secret":        `sends to "http://portal.example" (HTTP 302)`,
+		"http://portal.example/%zz?session=secret":     "a captive portal answers in the cloud proxy's name (HTTP 302)",
+		"http://" + strings.Repeat("a", 60000) + "/":   `sends to "http://aaaa`,
+		"http://u:secret@portal.example/secret#secret": `sends to "http://portal.example" (HTTP 302)`,
+		"http://cloud.example.net/elsewhere?session=x": "",
+		"/elsewhere": "",
+	} {
+		r := &run{host: "cloud.example.net", cfg: Config{Direct: func(context.Context, string, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			go func() {
+				defer far.Close()
+				if _, err := http.ReadRequest(bufio.NewReader(far)); err == nil {
+					io.WriteString(far, "HTTP/1.1 302 Found\r\nLocation: "+location+"\r\nContent-Length: 0\r\n\r\n")
+				}
+			}()
+			return near, nil
+		}}}
+		o := r.portal(t.Context())
+		if (o.Status == Failed) != (want != "") || !strings.Contains(o.Says, want) || strings.Contains(o.Says, "secret") || len(o.Says) > 300 {
+			t.Errorf("%.80s: %.300v", location, o)
 		}
 	}
 }
