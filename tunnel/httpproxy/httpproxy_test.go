@@ -523,6 +523,26 @@ func TestNoProxyIsHeeded(t *testing.T) {
 	}
 }
 
+func TestAPACFilesSecretsAreRepeatedNowhere(t *testing.T) {
+	for answer, want := range map[string]string{
+		"PROXY alice:secret@proxy:3128":       `"PROXY …@proxy:3128"`,
+		"SOCKS5 alice:se@secret@proxy:1 more": `"SOCKS5 …@proxy:1 more"`,
+	} {
+		if _, err := parsePAC(answer); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v", answer, err)
+		}
+	}
+	for source, want := range map[string]string{
+		"http://alice:secret@pac.example/p.pac?token=secret": "http://alice:xxxxx@pac.example/p.pac?…",
+		"http://pac.example/p.pac":                           "http://pac.example/p.pac",
+		"/etc/culvert/p?.pac":                                "/etc/culvert/p?.pac",
+	} {
+		if got := (&PAC{Source: source}).name(); got != want {
+			t.Errorf("%s is spoken of as %s", source, got)
+		}
+	}
+}
+
 func FuzzChallenges(f *testing.F) {
 	for _, s := range []string{
 		`Basic realm="a, b"`, `NTLM TlRMTVNTUAACAAAA==`, `Negotiate, NTLM, Digest realm="x", nonce = "n", qop="auth,auth-int", Basic`,
