@@ -7,7 +7,9 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -61,31 +63,65 @@ func runCheck(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	var page io.WriteCloser
+	var page *os.File
 	if name := c.String("report"); name != "" { // before minutes have passed
-		if page, err = os.Create(name); err != nil {
+		if page, err = checkPage(name, file); err != nil {
 			return usageError("--report: %w", err)
 		}
 		defer page.Close()
 	}
+	var stop context.CancelFunc
+	c.Context, stop = signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(c.Context, stop) // a second signal ends the program at once
+
 	out := checkOutput{w: c.App.Writer, quiet: c.Bool("json")}
 	r := checkAll(c, file, media, &out)
 	r.Version = version
 	r.Machine, _ = os.Hostname()
+	var lost error // the page; what was found is told all the same
 	if page != nil {
-		if err := errors.Join(r.WritePage(page), page.Close()); err != nil {
-			return tunnel.Errorf(tunnel.Internal, "the report can not be written: %w", err)
-		}
+		lost = writeCheckPage(page, r)
 	}
 	if c.Bool("json") {
 		err = policyJSON(c.App.Writer, r)
 	} else {
 		err = out.conclusion(r)
 	}
-	if err == nil && r.Exit() != exitDone {
-		err = checkFailed{r}
+	switch {
+	case err != nil:
+		return err
+	case lost != nil:
+		return tunnel.Errorf(tunnel.Internal, "the report can not be written: %w", lost)
+	case r.Exit() != exitDone:
+		return checkFailed{r}
 	}
-	return err
+	return nil
+}
+
+// checkPage opens the file for the page, which keeps what it holds until there is
+// something to write. It is not to be the configuration.
+func checkPage(name, conf string) (*os.File, error) {
+	page, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	if own, err := os.Stat(conf); err == nil {
+		if there, err := page.Stat(); err == nil && os.SameFile(own, there) {
+			page.Close()
+			return nil, fmt.Errorf("%s is the configuration", name)
+		}
+	}
+	return page, nil
+}
+
+func writeCheckPage(page *os.File, r *check.Report) error {
+	if there, err := page.Stat(); err == nil && there.Mode().IsRegular() {
+		if err := page.Truncate(0); err != nil {
+			return err
+		}
+	}
+	return errors.Join(r.WritePage(page), page.Close())
 }
 
 // checkFailed is a verdict that is not good. It has been told already.
@@ -203,6 +239,9 @@ func (o *checkOutput) conclusion(r *check.Report) error {
 		}
 	}
 	word := map[check.Status]string{check.Good: "Good", check.Degraded: "Usable, but", check.Failed: "Not usable"}[r.Verdict]
+	if r.Interrupted {
+		word = "Not known"
+	}
 	_, err := fmt.Fprintf(o.w, "\n%s: %s.\nNext: %s.\n", word, r.Sentence, r.Next)
 	return err
 }

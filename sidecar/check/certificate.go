@@ -3,6 +3,7 @@ package check
 import (
 	"cmp"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"slices"
@@ -23,6 +24,8 @@ type verdict struct {
 	expected string
 	// inspector is who opens TLS and may; the tunnel's own runs inside.
 	inspector string
+	// unfit is why whoever may open TLS did not do so with a good certificate.
+	unfit error
 }
 
 // judge holds what was shown against what was expected, as the sidecar does:
@@ -32,7 +35,7 @@ func judge(shown []*x509.Certificate, pins []string, roots *x509.CertPool, name 
 		return verdict{code: tunnel.CertificateUntrusted, expected: "a certificate"}
 	}
 	v := verdict{leaf: shown[0], own: shown[0].CheckSignatureFrom(shown[0]) == nil || string(shown[0].RawIssuer) == string(shown[0].RawSubject)}
-	named := v.leaf.VerifyHostname(name) == nil
+	named := namedFor(v.leaf, name)
 	if len(pins) > 0 {
 		v.expected = "the pinned key " + strings.Join(pins, " or ")
 		switch {
@@ -61,15 +64,20 @@ func judge(shown []*x509.Certificate, pins []string, roots *x509.CertPool, name 
 	case err == nil:
 	case !named:
 		v.code, v.foreign = tunnel.CaptivePortal, true
-	case errors.As(err, &invalid) && invalid.Reason == x509.Expired, now.Before(v.leaf.NotBefore), now.After(v.leaf.NotAfter):
-		v.code = tunnel.CertificateUntrusted
-		v.date = verify(v.leaf.NotBefore.Add(v.leaf.NotAfter.Sub(v.leaf.NotBefore)/2)) == nil
+	case (errors.As(err, &invalid) && invalid.Reason == x509.Expired || !within(v.leaf, now)) && verify(v.leaf.NotBefore.Add(v.leaf.NotAfter.Sub(v.leaf.NotBefore)/2)) == nil:
+		v.code, v.date = tunnel.CertificateUntrusted, true
 	case v.own:
 		v.code = tunnel.CertificateUntrusted
 	default:
 		v.code = tunnel.TLSIntercepted
 	}
 	return v
+}
+
+// namedFor says whether a certificate is for a name. Old inspectors give it as the
+// subject alone, which counts for nothing but shows who is imitated.
+func namedFor(leaf *x509.Certificate, name string) bool {
+	return leaf.VerifyHostname(name) == nil || len(leaf.DNSNames)+len(leaf.IPAddresses) == 0 && strings.EqualFold(leaf.Subject.CommonName, name)
 }
 
 // inspected finds out whether TLS is opened by an authority that may.
@@ -80,6 +88,9 @@ func (v *verdict) inspected(shown []*x509.Certificate, roots *x509.CertPool, nam
 	}
 	chains, err := v.leaf.Verify(x509.VerifyOptions{DNSName: name, Roots: roots, Intermediates: between, CurrentTime: now})
 	if err != nil {
+		if slices.Contains(inspectors, v.leaf.Issuer.CommonName) {
+			v.unfit = err
+		}
 		return
 	}
 	for _, chain := range chains {
@@ -100,8 +111,7 @@ func (v verdict) outcome(known bool, skew time.Duration, now time.Time) Outcome 
 		o.Says, o.Do = "no certificate was shown", "check cloud_proxy.address"
 		return o
 	}
-	issuer := nameOf(v.leaf.Issuer.CommonName, v.leaf.Issuer.Organization)
-	subject := nameOf(v.leaf.Subject.CommonName, v.leaf.DNSNames)
+	issuer, subject := v.issuer(), v.subject()
 	shown := fmt.Sprintf("the certificate shown is issued by %q", issuer)
 	if v.own {
 		shown = fmt.Sprintf("the certificate shown is signed by itself (%q)", subject)
@@ -120,6 +130,9 @@ func (v verdict) outcome(known bool, skew time.Duration, now time.Time) Outcome 
 	case v.date && now.Before(v.leaf.NotBefore):
 		o.Says = fmt.Sprintf("the certificate is not valid before %s, and this machine says that it is %s", day(v.leaf.NotBefore), day(now))
 		o.Do = "check this machine's clock; if it is right, tell the cloud proxy's operator"
+	case v.date && !now.After(v.leaf.NotAfter):
+		o.Says = fmt.Sprintf("the cloud proxy's certificate is issued by %q, whose own has expired by this machine's clock, %s", issuer, day(now))
+		o.Do = "have the cloud proxy's operator renew it; if it has not expired, check this machine's clock"
 	case v.date:
 		o.Says = fmt.Sprintf("the cloud proxy's certificate expired on %s, and this machine says that it is %s", day(v.leaf.NotAfter), day(now))
 		o.Do = "have the cloud proxy's operator renew it; if it has not expired, check this machine's clock"
@@ -128,6 +141,9 @@ func (v verdict) outcome(known bool, skew time.Duration, now time.Time) Outcome 
 		o.Do = signIn
 	case v.code == tunnel.TLSIntercepted:
 		o.Says = fmt.Sprintf("TLS is inspected on the way: %s, pin %s; expected was %s", shown, tunnel.Pin(v.leaf), v.expected)
+		if v.unfit != nil {
+			o.Says += fmt.Sprintf("; cloud_proxy.trust_interception names it, but what it shows is not good (%.200q)", v.unfit.Error())
+		}
 		o.Do = fmt.Sprintf("have IT exempt %s from TLS inspection (by %q); if %q is the cloud proxy's own CA, get its new culvert.yaml", v.address, issuer, issuer)
 	default:
 		o.Says = fmt.Sprintf("%s and its pin is %s; expected was %s", shown, tunnel.Pin(v.leaf), v.expected)
@@ -136,6 +152,9 @@ func (v verdict) outcome(known bool, skew time.Duration, now time.Time) Outcome 
 	return o
 }
 
+func (v verdict) issuer() string  { return nameOf(v.leaf.Issuer, v.leaf.Issuer.Organization) }
+func (v verdict) subject() string { return nameOf(v.leaf.Subject, v.leaf.DNSNames) }
+
 func within(c *x509.Certificate, at time.Time) bool {
 	return !at.Before(c.NotBefore) && !at.After(c.NotAfter)
 }
@@ -143,8 +162,8 @@ func within(c *x509.Certificate, at time.Time) bool {
 func day(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
 
 // nameOf is what a certificate calls somebody, fit for a terminal.
-func nameOf(common string, others []string) string {
-	name := cmp.Or(common, strings.Join(others, ", "), "nobody")
+func nameOf(whole pkix.Name, others []string) string {
+	name := cmp.Or(whole.CommonName, strings.Join(others, ", "), whole.String(), "nobody")
 	if len(name) > 100 {
 		name = strings.ToValidUTF8(name[:100], "") + "…"
 	}

@@ -3,6 +3,7 @@ package check
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"net/netip"
 	"time"
@@ -125,6 +126,9 @@ type run struct {
 	tls                 verdict
 	skew                time.Duration // of our clock: the cloud proxy's less ours
 	skewKnown           bool
+
+	done <-chan struct{} // the test is to end
+	cut  string          // the title of the first step that was not taken for that
 }
 
 // Run takes all steps. It fails only where the configuration can not be tested
@@ -150,7 +154,7 @@ func Run(ctx context.Context, cfg Config) *Report {
 	if cfg.Mode == "" {
 		cfg.Mode = tunnel.ModeAuto
 	}
-	r := &run{cfg: cfg, report: &Report{At: cfg.Now().UTC().Truncate(time.Second), CloudProxy: cfg.Address, Mode: cfg.Mode, Ways: []*Way{}, Open: []Opening{}}}
+	r := &run{cfg: cfg, done: ctx.Done(), report: &Report{At: cfg.Now().UTC().Truncate(time.Second), CloudProxy: cfg.Address, Mode: cfg.Mode, Ways: []*Way{}, Open: []Opening{}}}
 	r.step(StepConfig, "configuration", func() Outcome { return cfg.Setup })
 	if cfg.Setup.Status != Failed {
 		r.host, _, _ = net.SplitHostPort(cfg.Address)
@@ -159,6 +163,10 @@ func Run(ctx context.Context, cfg Config) *Report {
 	}
 	r.report.open(r)
 	r.report.conclude()
+	if r.cut != "" {
+		r.report.Verdict, r.report.Code, r.report.Interrupted = Failed, "", true
+		r.report.Sentence, r.report.Next = fmt.Sprintf("the check was interrupted at the step %q", r.cut), "check again"
+	}
 	return r.report
 }
 
@@ -200,13 +208,31 @@ func (r *run) port() string {
 	return port
 }
 
+func (r *run) over() bool {
+	select {
+	case <-r.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // step takes one step and notes what came of it.
 func (r *run) step(name, title string, do func() Outcome) *Step {
 	if r.cfg.Begin != nil {
 		r.cfg.Begin(title)
 	}
 	began := time.Now()
-	s := &Step{Name: name, Title: title, Outcome: do()}
+	s := &Step{Name: name, Title: title, Outcome: Outcome{Status: Skipped}}
+	if !r.over() {
+		s.Outcome = do()
+	}
+	if r.over() && s.Status != Good { // what it met may be the end itself
+		s.Outcome = Outcome{Status: Skipped, Says: "the check was interrupted"}
+		if r.cut == "" {
+			r.cut = title
+		}
+	}
 	s.Took = time.Since(began)
 	r.report.Steps = append(r.report.Steps, s)
 	if r.cfg.End != nil {

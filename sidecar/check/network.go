@@ -149,7 +149,11 @@ func (r *run) handshake(ctx context.Context) Outcome {
 			conn, err = again, nil
 		}
 	}
-	if err != nil {
+	var byProxy *tunnel.Error
+	switch {
+	case err != nil && r.cfg.Proxy != nil && errors.As(err, &byProxy): // which has let the connection before through
+		return ProxyOutcome("", err)
+	case err != nil:
 		return r.noTLS(err)
 	}
 	defer conn.Close()
@@ -167,6 +171,12 @@ func (r *run) handshake(ctx context.Context) Outcome {
 func (r *run) verdict(shown []*x509.Certificate) verdict {
 	roots, now := r.cfg.TLS.RootCAs, r.cfg.Now()
 	v := judge(shown, r.cfg.Pins, roots, r.cfg.TLS.ServerName, now)
+	if v.foreign && namedFor(v.leaf, r.host) { // an inspector goes by the address where the name is ours alone
+		v.foreign, v.code = false, tunnel.TLSIntercepted
+		if v.own {
+			v.code = tunnel.CertificateUntrusted
+		}
+	}
 	switch {
 	case v.code == "":
 	case r.cfg.Web:
@@ -236,12 +246,12 @@ func (r *run) askTime(c io.ReadWriter, deadline func(time.Time) error) {
 // portal looks for a web page that stands in for others.
 func (r *run) portal(ctx context.Context) Outcome {
 	if r.tls.foreign {
-		return Outcome{Status: Failed, Code: tunnel.CaptivePortal, Says: "another server answers with TLS in the cloud proxy's place", Do: signIn}
+		return Outcome{Status: Failed, Code: tunnel.CaptivePortal, Do: signIn,
+			Says: fmt.Sprintf("another server answers with TLS in the cloud proxy's place: its certificate is for %q, issued by %q", r.tls.subject(), r.tls.issuer())}
 	}
 	ctx, cancel := context.WithTimeout(ctx, portalTime)
 	defer cancel()
 	t := &http.Transport{DialContext: r.cfg.Direct, DisableKeepAlives: true}
-	client := http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	host := r.host
 	if strings.Contains(host, ":") {
 		host = "[" + host + "]"
@@ -250,21 +260,22 @@ func (r *run) portal(ctx context.Context) Outcome {
 	if err != nil {
 		return Outcome{Status: Skipped, Says: "the cloud proxy's name fits in no URL"}
 	}
-	res, err := client.Do(req)
+	res, err := t.RoundTrip(req) // a client would take a Location that it can not read for no answer
 	if err != nil {
 		return Outcome{Status: Good, Says: "nobody answers plain HTTP in the cloud proxy's name"}
 	}
 	res.Body.Close()
 	to := ""
-	if loc, err := res.Location(); err == nil && !strings.EqualFold(loc.Hostname(), r.host) {
+	loc, err := res.Location()
+	if err == nil && !strings.EqualFold(loc.Hostname(), r.host) {
 		to = (&url.URL{Scheme: loc.Scheme, Host: loc.Host}).String() // what follows may be a secret of the portal's
 	}
-	caught := to != "" || res.StatusCode == http.StatusNetworkAuthenticationRequired // RFC 6585 §6
+	caught := to != "" || err != nil && !errors.Is(err, http.ErrNoLocation) || res.StatusCode == http.StatusNetworkAuthenticationRequired // RFC 6585 §6
 	switch {
 	case caught && !r.tlsOK:
 		o := Outcome{Status: Failed, Code: tunnel.CaptivePortal, Do: signIn, Says: fmt.Sprintf("a captive portal answers in the cloud proxy's name (HTTP %d)", res.StatusCode)}
 		if to != "" {
-			o.Says = fmt.Sprintf("a captive portal answers in the cloud proxy's name and sends to %q (HTTP %d)", to, res.StatusCode)
+			o.Says = fmt.Sprintf("a captive portal answers in the cloud proxy's name and sends to %.100q (HTTP %d)", to, res.StatusCode)
 		}
 		return o
 	case caught:

@@ -1,9 +1,13 @@
 package check
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"strings"
@@ -87,5 +91,75 @@ func TestAProxyThatSendsToASignInPage(t *testing.T) {
 	}
 	if o := ProxyOutcome("", errors.New("broken")); o.Code != tunnel.CloudUnreachable {
 		t.Errorf("got %+v", o)
+	}
+}
+
+// It let the first connection through, and not the second: that is not the far end's fault.
+func TestAProxyThatChangesItsMindIsNamed(t *testing.T) {
+	refusal := tunnel.Errorf(tunnel.ProxyAuthRequired, "the proxy does not accept this password")
+	r := &run{cfg: Config{
+		Address: "cloud.example.net:443", TLS: &tls.Config{}, Proxy: func(context.Context) Outcome { return Outcome{Status: Good} },
+		Through: func(context.Context, string, string) (net.Conn, error) { return nil, refusal },
+	}}
+	if o := r.handshake(t.Context()); o.Code != tunnel.ProxyAuthRequired || o.Says != refusal.Text || o.Status != Failed {
+		t.Errorf("got %+v", o)
+	}
+}
+
+// What a test met that was ended says nothing of the network.
+func TestAnInterruptedTestGivesNoVerdict(t *testing.T) {
+	for _, at := range []string{"name resolution", "TCP 443"} {
+		ctx, end := context.WithCancel(t.Context())
+		r := Run(ctx, Config{
+			Address: "cloud.example.net:443", TLS: &tls.Config{}, Mode: tunnel.ModeTCP, Setup: Outcome{Status: Good, Says: "understood"},
+			Lookup: func(ctx context.Context, _ string) ([]netip.Addr, error) {
+				if at == "name resolution" {
+					end()
+				}
+				return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, ctx.Err()
+			},
+			Direct: func(context.Context, string, string) (net.Conn, error) { end(); return nil, ctx.Err() },
+		})
+		if !r.Interrupted || r.Verdict != Failed || r.Exit() != 1 || r.Code != "" || !strings.Contains(r.Sentence, `interrupted at the step "`+at) || r.Next == "" {
+			t.Errorf("%s: %+v", at, r)
+		}
+		if r.Steps[0].Status != Good {
+			t.Errorf("%s: what was found before is %+v", at, r.Steps[0])
+		}
+		for _, s := range r.Steps {
+			if s.Status == Failed {
+				t.Errorf("%s: the network is blamed: %+v", at, s)
+			}
+		}
+		var page strings.Builder
+		if err := r.WritePage(&page); err != nil || !strings.Contains(page.String(), "<strong>Not known:</strong> the check was interrupted") {
+			t.Errorf("%s: %v\n%s", at, err, page.String())
+		}
+	}
+}
+
+func TestAPortalIsOneWhateverItsLocationIs(t *testing.T) {
+	for location, want := range map[string]string{
+		"http://portal.example/?session=secret":        `sends to "http://portal.example" (HTTP 302)`,
+		"http://portal.example/%zz?session=secret":     "a captive portal answers in the cloud proxy's name (HTTP 302)",
+		"http://" + strings.Repeat("a", 60000) + "/":   `sends to "http://aaaa`,
+		"http://u:secret@portal.example/secret#secret": `sends to "http://portal.example" (HTTP 302)`,
+		"http://cloud.example.net/elsewhere?session=x": "",
+		"/elsewhere": "",
+	} {
+		r := &run{host: "cloud.example.net", cfg: Config{Direct: func(context.Context, string, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			go func() {
+				defer far.Close()
+				if _, err := http.ReadRequest(bufio.NewReader(far)); err == nil {
+					io.WriteString(far, "HTTP/1.1 302 Found\r\nLocation: "+location+"\r\nContent-Length: 0\r\n\r\n")
+				}
+			}()
+			return near, nil
+		}}}
+		o := r.portal(t.Context())
+		if (o.Status == Failed) != (want != "") || !strings.Contains(o.Says, want) || strings.Contains(o.Says, "secret") || len(o.Says) > 300 {
+			t.Errorf("%.80s: %.300v", location, o)
+		}
 	}
 }

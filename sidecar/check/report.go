@@ -21,10 +21,12 @@ type Report struct {
 	Ways       []*Way      `json:"media"`
 	Open       []Opening   `json:"open"` // what a firewall has to let through
 
-	Verdict  Status      `json:"verdict"` // good, degraded or failed
-	Code     tunnel.Code `json:"code,omitempty"`
-	Sentence string      `json:"sentence"`
-	Next     string      `json:"next"`
+	Verdict Status `json:"verdict"` // good, degraded or failed
+	// Interrupted: the test was ended before it was done, and what it says is not known.
+	Interrupted bool        `json:"interrupted,omitempty"`
+	Code        tunnel.Code `json:"code,omitempty"`
+	Sentence    string      `json:"sentence"`
+	Next        string      `json:"next"`
 }
 
 // An Opening is one line of what a firewall has to let through.

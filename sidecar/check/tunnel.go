@@ -84,7 +84,7 @@ func (r *run) session(ctx context.Context, l leg, first bool) bool {
 	}
 	if first {
 		if o := r.step(StepToken, "token", open); o.Status == Failed || !up {
-			if !up && o.Status != Failed { // a sidecar that runs here has our place
+			if !up && o.Status == Good { // a sidecar that runs here has our place
 				r.skip(StepPolicy, "policy", "it needs a session of its own")
 				r.beside(ctx)
 			} else {

@@ -130,17 +130,19 @@ func (l *login) next(offered []challenge) (err error) {
 		}
 		// No challenge: it wants something else by this scheme, such as a Kerberos ticket.
 		l.useless = append(l.useless, was.scheme)
+	case was.digest != nil && stale(offered):
+		// The password was right, and the nonce of another of several proxies, or too old already.
 	case l.fresh, was.handshake(), was.digest == nil && slices.ContainsFunc(offered, func(c challenge) bool { return c.is(was.scheme) }):
 		// The password itself was judged, not a nonce.
 		l.rejected = true
-		return required(l.proxy, offered, l.cred, was, nil)
+		return required(l.proxy, offered, l.cred, was, l.tried, l.noTicket)
 	}
 	l.count, l.fresh, l.answer = 1, true, ""
 	for {
 		l.method = choose(offered, l.useless)
 		switch {
 		case l.method == nil:
-			return required(l.proxy, offered, l.cred, nil, l.noTicket)
+			return required(l.proxy, offered, l.cred, nil, l.tried, l.noTicket)
 		case l.byTicket():
 			return nil
 		case l.cred.user != "":
@@ -148,6 +150,12 @@ func (l *login) next(offered []challenge) (err error) {
 		}
 		l.useless = append(l.useless, l.method.scheme)
 	}
+}
+
+// stale says that only a nonce was not accepted (RFC 7616 §3.3).
+func stale(offered []challenge) bool {
+	m := choose(slices.DeleteFunc(slices.Clone(offered), func(c challenge) bool { return !c.is("Digest") }), nil)
+	return m != nil && m.digest.Stale
 }
 
 // byTicket answers by a Kerberos ticket, where that is asked for and there is one.
@@ -235,13 +243,15 @@ func (d *Dialer) credentialsFor(proxy *url.URL) (c credentials, err error) {
 	return c, err
 }
 
-// required is the error where a proxy wants to know who we are.
-func required(proxy *url.URL, offered []challenge, c credentials, tried *method, noTicket error) error {
+// required is the error where a proxy wants to know who we are. ticket says that a
+// Kerberos ticket was asked for, noTicket why there was none.
+func required(proxy *url.URL, offered []challenge, c credentials, tried *method, ticket bool, noTicket error) error {
 	e := &AuthError{Proxy: proxy.Host, Schemes: schemes(offered)}
 	offers := "names no scheme"
 	if len(e.Schemes) > 0 {
 		offers = "offers " + strings.Join(e.Schemes, ", ")
 	}
+	kerberos := slices.ContainsFunc(offered, func(o challenge) bool { return o.is(negotiate) })
 	var text string
 	switch {
 	case tried != nil:
@@ -249,11 +259,20 @@ func required(proxy *url.URL, offered []challenge, c credentials, tried *method,
 		text = fmt.Sprintf("%s does not accept this user or password by %s (it %s); correct proxy.user and the file of proxy.password_file, or where HTTPS_PROXY holds them, that", name(proxy), tried.scheme, offers)
 	case c.user == "":
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s); set proxy.user and proxy.password_file, or ask IT to let this machine through", name(proxy), offers)
+	case kerberos: // answered by NTLM inside it, in vain
+		text = fmt.Sprintf("%s wants to know who is there (407; it %s), and takes no password that way; ask IT to offer NTLM, Digest or Basic", name(proxy), offers)
 	default:
 		text = fmt.Sprintf("%s wants to know who is there (407; it %s), and Culvert can answer Negotiate, NTLM, Digest (MD5, SHA-256 or SHA-512/256) and Basic; ask IT to offer one of these", name(proxy), offers)
 	}
-	if noTicket != nil && !errors.Is(noTicket, errNoTickets) {
-		text += fmt.Sprintf("; a Kerberos ticket could not be used (%.120q)", noTicket.Error())
+	switch {
+	case errors.Is(noTicket, errNoTickets):
+		if kerberos && tried == nil {
+			text += "; there is no Kerberos ticket here, which kinit gets"
+		}
+	case noTicket != nil:
+		text += fmt.Sprintf("; a Kerberos ticket could not be used (%.300q)", noTicket.Error())
+	case ticket:
+		text += "; a Kerberos ticket was not accepted"
 	}
 	return &tunnel.Error{Code: tunnel.ProxyAuthRequired, Text: text, Err: e}
 }

@@ -28,10 +28,10 @@ func ParseURL(text string) (*url.URL, error) {
 func usable(u *url.URL) (*url.URL, error) {
 	port := map[string]string{"http": "80", "https": "443"}[u.Scheme]
 	switch {
-	case port == "":
+	case u.Hostname() != "" && port == "":
 		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "a proxy with %.20q in its URL can not be used; Culvert goes through http:// and https:// proxies", u.Scheme)
-	case u.Hostname() == "" || u.Path != "" && u.Path != "/" || u.RawQuery != "":
-		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "%.60q is no proxy; write http://HOST:PORT", u.Redacted())
+	case u.Hostname() == "" || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "": // a password that was not encoded may be in any part: none is repeated
+		return nil, tunnel.Errorf(tunnel.ConfigInvalid, "the URL of the proxy, in proxy.url or HTTPS_PROXY, names none; write http://HOST:PORT; "+encoded)
 	}
 	if u.Port() != "" {
 		port = u.Port()
@@ -50,7 +50,30 @@ func Direct(context.Context, string) ([]*url.URL, error) { return nil, nil }
 
 // Environment chooses what HTTPS_PROXY and NO_PROXY (or https_proxy, no_proxy)
 // say now.
-func Environment() Chooser { return from(xhttpproxy.FromEnvironment()) }
+func Environment() Chooser {
+	c := xhttpproxy.FromEnvironment()
+	if _, err := url.Parse(c.HTTPSProxy); err == nil {
+		return from(c)
+	}
+	if _, err := url.Parse("http://" + c.HTTPSProxy); err == nil {
+		return from(c) // it is taken so
+	}
+	// The library would go directly.
+	c.HTTPSProxy = "http://proxy.invalid"
+	next := from(c)
+	return func(ctx context.Context, address string) ([]*url.URL, error) {
+		if ways, err := next(ctx, address); err != nil || len(ways) == 0 {
+			return nil, err
+		}
+		return nil, errEnvironment
+	}
+}
+
+// errEnvironment does not repeat the URL, which may hold a password.
+var errEnvironment = tunnel.Errorf(tunnel.ConfigInvalid, "HTTPS_PROXY does not name a proxy; set it to http://HOST:PORT, or unset it; "+encoded)
+
+// encoded is what people overlook who write a user and a password into a URL.
+const encoded = "a user or password in it has %%23 for #, %%25 for %%, %%2F for /, %%3F for ?, and %%5C for a backslash"
 
 // Except goes directly to what noProxy names, and asks next for the rest.
 func Except(noProxy []string, next Chooser) Chooser {
@@ -72,8 +95,8 @@ func from(c *xhttpproxy.Config) Chooser {
 	return func(_ context.Context, address string) ([]*url.URL, error) {
 		u, err := choose(&url.URL{Scheme: "https", Host: address})
 		switch {
-		case err != nil: // its text repeats the URL, which may hold a password
-			return nil, tunnel.Errorf(tunnel.ConfigInvalid, "HTTPS_PROXY does not name a proxy; set it to http://HOST:PORT, or unset it")
+		case err != nil:
+			return nil, errEnvironment
 		case u == nil:
 			return nil, nil
 		}

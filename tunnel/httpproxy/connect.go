@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/textproto"
 	"net/url"
 	"strings"
 	"syscall"
@@ -167,6 +168,8 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 		return nil, errors.New("it sends interim answers only")
 	case t.limit.N <= 0:
 		return nil, fmt.Errorf("the head of its answer is longer than %d bytes", maxHead)
+	case errors.As(err, new(textproto.ProtocolError)): // it repeats the line, such as a Location with somebody's session
+		return nil, errors.New("the head of its answer has a malformed line")
 	case len(err.Error()) > maxReason: // what could not be read is repeated in it
 		return nil, fmt.Errorf("%.*s…", maxReason, err.Error())
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -269,6 +270,56 @@ func TestThePasswordOfAURLIsUsedAndShownNowhere(t *testing.T) {
 	}
 }
 
+// A password that was not encoded makes another URL of it, or none.
+func TestAURLThatNamesNoProxyIsRepeatedNowhere(t *testing.T) {
+	for _, u := range []string{
+		"http://alice:secret/secret@proxy:3128", "http://alice:secret#secret@proxy:3128", "http://alice:secret?secret@proxy:3128", "http://alice:secret%zz@proxy:3128",
+		"http://alice:12#secret@proxy:3128", "http://CLINIC\\alice:secret@proxy:3128", "http://alice:secret@proxy:3128/secret", "http://alice:secret@[::1",
+		"alice:secret/secret@proxy:3128", "alice:secret%zz@proxy:3128",
+	} {
+		t.Setenv("HTTPS_PROXY", u)
+		t.Setenv("NO_PROXY", "inside.example")
+		choose := Environment()
+		ways, err := choose(t.Context(), target)
+		if tunnel.CodeOf(err) != tunnel.ConfigInvalid || !strings.Contains(err.Error(), "HTTPS_PROXY") || !strings.Contains(err.Error(), "%23 for #") || strings.Contains(err.Error(), "secret") || strings.Contains(err.Error(), "alice") {
+			t.Errorf("%s: %v, %v", u, ways, err)
+		}
+		if ways, err := choose(t.Context(), "a.inside.example:443"); len(ways) > 0 || err != nil {
+			t.Errorf("%s, in spite of NO_PROXY: %v, %v", u, ways, err)
+		}
+		if _, err := ParseURL(u); err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s in the configuration: %v", u, err)
+		}
+	}
+}
+
+// Several proxies behind one address, each with nonces of its own, take a password
+// that is right in the end, and in bounds.
+func TestAStaleNonceIsNoWrongPassword(t *testing.T) {
+	for _, times := range []int{1, 3, 99} {
+		good, asked := digested("SHA-256", 9), 0
+		p := newProxy(t, func(s *session, r *http.Request) []string {
+			if asked++; asked <= 1+times {
+				return []string{fmt.Sprintf(`Digest realm="r", nonce="of another %d", qop="auth", stale=%t`, asked, asked > 1)}
+			}
+			return good(s, r)
+		})
+		d := dialer(t, Config{Choose: to(p.url), Credentials: knownAs(goodUser, goodPassword)})
+		err := dial(t, d)
+		var auth *AuthError
+		if (err == nil) != (times < 99) || errors.As(err, &auth) {
+			t.Errorf("stale %d times: %v", times, err)
+		}
+		if said, _ := p.heard(); len(said) > maxRequests {
+			t.Errorf("stale %d times, %d requests", times, len(said))
+		}
+		p.login = basic
+		if err := dial(t, d); err != nil {
+			t.Errorf("after stale nonces the password counts as wrong: %v", err)
+		}
+	}
+}
+
 // answering is a proxy that says the same to all.
 func answering(t *testing.T, answer string) *url.URL {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -309,12 +360,13 @@ func TestWhatAProxyAnswersBecomesASentence(t *testing.T) {
 		"not HTTP":           {"SSH-2.0-OpenSSH_9.2\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
 		"a line of 50 KB":    {"SSH-2.0-" + strings.Repeat("x", 50000) + "\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
 		"a head of 100 KiB":  {endless, tunnel.CloudUnreachable, "no answer that HTTP knows"},
+		"a malformed line":   {"HTTP/1.1 302 Found\r\nLocation: http://portal/\x1b?session=secret\r\n\r\n", tunnel.CloudUnreachable, "malformed line"},
 		"interim for ever":   {strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 50), tunnel.CloudUnreachable, "no answer that HTTP knows"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := dialer(t, Config{Choose: to(answering(t, c.answer))})
 			_, err := d.Dial(t.Context(), "tcp", target)
-			if tunnel.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.says) || strings.ContainsAny(err.Error(), "\x1b\n") || len(err.Error()) > 500 {
+			if tunnel.CodeOf(err) != c.code || !strings.Contains(err.Error(), c.says) || strings.ContainsAny(err.Error(), "\x1b\n") || strings.Contains(err.Error(), "secret") || len(err.Error()) > 500 {
 				t.Errorf("got %.600v (%d bytes)", err, len(err.Error()))
 			}
 			if errors.Is(err, tunnel.CaptivePortal) != (c.says == "log in") {
@@ -467,6 +519,26 @@ func TestNoProxyIsHeeded(t *testing.T) {
 			if err != nil || len(ways) > 0 != through {
 				t.Errorf("%s: %s goes by %v, %v", name, address, ways, err)
 			}
+		}
+	}
+}
+
+func TestAPACFilesSecretsAreRepeatedNowhere(t *testing.T) {
+	for answer, want := range map[string]string{
+		"PROXY alice:secret@proxy:3128":       `"PROXY …@proxy:3128"`,
+		"SOCKS5 alice:se@secret@proxy:1 more": `"SOCKS5 …@proxy:1 more"`,
+	} {
+		if _, err := parsePAC(answer); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v", answer, err)
+		}
+	}
+	for source, want := range map[string]string{
+		"http://alice:secret@pac.example/p.pac?token=secret": "http://alice:xxxxx@pac.example/p.pac?…",
+		"http://pac.example/p.pac":                           "http://pac.example/p.pac",
+		"/etc/culvert/p?.pac":                                "/etc/culvert/p?.pac",
+	} {
+		if got := (&PAC{Source: source}).name(); got != want {
+			t.Errorf("%s is spoken of as %s", source, got)
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -106,11 +107,11 @@ func parsePAC(text string) (ways []*url.URL, err error) {
 		case strings.EqualFold(words[0], "DIRECT"):
 			ways = append(ways, nil)
 		case scheme == "" || len(words) != 2:
-			useless = tunnel.Errorf(tunnel.Unsupported, "the PAC file names %.60q, and Culvert goes through PROXY and HTTPS proxies; ask IT for one, or set proxy.url", strings.Join(words, " "))
+			useless = tunnel.Errorf(tunnel.Unsupported, "the PAC file names %.60q, and Culvert goes through PROXY and HTTPS proxies; ask IT for one, or set proxy.url", withoutUsers(words))
 		default:
 			u, err := ParseURL(scheme + "://" + words[1])
 			if err != nil {
-				useless = tunnel.Errorf(tunnel.Unsupported, "the PAC file names %.60q, which is no proxy; tell IT, or set proxy.url", strings.Join(words, " "))
+				useless = tunnel.Errorf(tunnel.Unsupported, "the PAC file names %.60q, which is no proxy; tell IT, or set proxy.url", withoutUsers(words))
 				continue
 			}
 			ways = append(ways, u)
@@ -120,6 +121,17 @@ func parsePAC(text string) (ways []*url.URL, err error) {
 		return nil, useless
 	}
 	return ways, nil // none: direct
+}
+
+// withoutUsers joins words without what stands for a user and a password.
+func withoutUsers(words []string) string {
+	words = slices.Clone(words)
+	for i, w := range words {
+		if at := strings.LastIndexByte(w, '@'); at >= 0 {
+			words[i] = "…" + w[at:]
+		}
+	}
+	return strings.Join(words, " ")
 }
 
 // ask runs the script.
@@ -175,9 +187,12 @@ func executable(file string) bool {
 	return err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0
 }
 
-// name is how the source is spoken of.
+// name is how the source is spoken of, without what may be secret of a URL.
 func (p *PAC) name() string {
-	if u, err := url.Parse(p.Source); err == nil {
+	if u, err := url.Parse(p.Source); err == nil && isURL(p.Source) {
+		if u.RawQuery != "" {
+			u.RawQuery = "…"
+		}
 		return u.Redacted()
 	}
 	return p.Source

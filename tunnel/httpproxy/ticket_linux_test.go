@@ -9,8 +9,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	ccache "github.com/jcmturner/gokrb5/v8/credentials"
 
 	"culvert/tunnel"
 )
@@ -112,7 +115,7 @@ func TestATicketOpensASquidThatWantsKerberos(t *testing.T) {
 	if _, err := Ticket(t.Context(), "127.0.0.1"); !errors.Is(err, errNoTickets) {
 		t.Errorf("without a cache: %v", err)
 	}
-	if _, err = d.Dial(t.Context(), "tcp", at); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || strings.Contains(err.Error(), "ticket") {
+	if _, err = d.Dial(t.Context(), "tcp", at); tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || strings.Contains(err.Error(), "could not be used") {
 		t.Errorf("without a cache: %v", err)
 	}
 	t.Setenv("KRB5CCNAME", "KEYRING:persistent:0")
@@ -154,5 +157,83 @@ func TestAfterATicketThePasswordIsTried(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// What the proxy wants has to be said: a password does not help.
+func TestNegotiateAloneAsksForATicket(t *testing.T) {
+	p := newProxy(t, func(*session, *http.Request) []string { return []string{"Negotiate"} })
+	for name, c := range map[string]struct {
+		user string
+		err  error
+		want []string
+	}{
+		"nothing here":   {"", errNoTickets, []string{"set proxy.user", "there is no Kerberos ticket here, which kinit gets"}},
+		"a password":     {goodUser, errNoTickets, []string{"takes no password that way", "which kinit gets"}},
+		"a ticket":       {"", nil, []string{"a Kerberos ticket was not accepted"}},
+		"both":           {goodUser, nil, []string{"takes no password that way", "a Kerberos ticket was not accepted"}},
+		"a broken cache": {goodUser, errors.New("broken"), []string{`could not be used ("broken")`}},
+	} {
+		d := dialer(t, Config{Choose: to(p.url), Ticket: func(context.Context, string) ([]byte, error) { return []byte("ticket"), c.err }, Credentials: knownAs(c.user, goodPassword)})
+		err := dial(t, d)
+		for _, want := range c.want {
+			if tunnel.CodeOf(err) != tunnel.ProxyAuthRequired || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+}
+
+// Every user of the machine may put something where nobody has named a cache.
+func TestATicketCacheIsAFileOfOurOwnInBounds(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for _, name := range []string{"good", "huge", "foreign"} {
+		if err := os.WriteFile(at(name), []byte("tickets"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Truncate(at("huge"), 1<<40); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(at("pipe"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"good": "", "huge": "longer than", "pipe": "is no file", ".": "is no file"} {
+		for _, named := range []bool{true, false} {
+			text, err := readCache(at(name), named)
+			if want == "" && (err != nil || string(text) != "tickets") || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+				t.Errorf("%s, named %t: %d bytes, %v", name, named, len(text), err)
+			}
+		}
+	}
+	if err := os.Chown(at("foreign"), 12345, -1); err != nil {
+		t.Skip("a file of another user: ", err)
+	}
+	if _, err := readCache(at("foreign"), false); err == nil || !strings.Contains(err.Error(), "another user's") {
+		t.Errorf("another user's: %v", err)
+	}
+	if _, err := readCache(at("foreign"), true); err != nil {
+		t.Errorf("another user's, which the operator has named: %v", err)
+	}
+}
+
+func TestAnExpiredTicketIsSaidToBe(t *testing.T) {
+	dir := openDir(t)
+	realm(t, dir)
+	text, err := os.ReadFile(filepath.Join(dir, "tickets"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tickets := new(ccache.CCache)
+	if err := tickets.Unmarshal(text); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	if ended := expired(tickets, now); !ended.IsZero() {
+		t.Errorf("a good one has expired on %v", ended)
+	}
+	if ended := expired(tickets, now.AddDate(1, 0, 0)); ended.Before(now) || ended.After(now.AddDate(1, 0, 0)) {
+		t.Errorf("in a year it will have expired on %v", ended)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -120,7 +121,10 @@ func (cfg *TLSConfig) unpinned(s tls.ConnectionState) error {
 	}
 	do := "have IT exempt the cloud proxy's address, or, where inspection is meant to be, name that authority in cloud_proxy.trust_interception"
 	if err != nil && slices.Contains(cfg.Inspectors, issuer) {
-		do = "cloud_proxy.trust_interception names it, but it is no authority of this system: put its certificate into cloud_proxy.ca_file"
+		do = fmt.Sprintf("cloud_proxy.trust_interception names it, but what it shows is not good (%.200q)", err.Error())
+		if errors.As(err, new(x509.UnknownAuthorityError)) {
+			do += "; where it is no authority of this system, put its certificate into cloud_proxy.ca_file"
+		}
 	}
 	return &tunnel.Error{Code: tunnel.TLSIntercepted, Err: why, Text: fmt.Sprintf(
 		"something on the way opens TLS: it shows a certificate for %s that %.80q has issued (pin %s), which is not the pinned one; %s. Or the cloud proxy has a new key, and this sidecar needs its new culvert.yaml",

@@ -148,6 +148,10 @@ func TestWhomTheSidecarTrusts(t *testing.T) {
 	good := ours.server(t, serverName)
 	pin := tunnel.Pin(good.Leaf)
 	inspected := foreign.server(t, serverName)
+	// An inspector's certificate for clients only is one that no chain allows.
+	unfit := foreign.server(t, serverName)
+	unfit.Leaf = foreign.sign(t, &x509.Certificate{DNSNames: []string{serverName}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, foreign.cert, unfit.PrivateKey.(*ecdsa.PrivateKey))
+	unfit.Certificate = [][]byte{unfit.Leaf.Raw}
 	other := "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 	for name, c := range map[string]struct {
 		conf    TLSConfig
@@ -165,6 +169,7 @@ func TestWhomTheSidecarTrusts(t *testing.T) {
 		"an inspector that is trusted":           {TLSConfig{Pins: []string{pin}, Roots: foreign.pool(), Inspectors: []string{"Inspecting Firewall"}}, inspected, false, []string{"trust_interception"}},
 		"an inspected path, though roots say so": {TLSConfig{Pins: []string{pin}, Roots: foreign.pool()}, inspected, false, []string{"Inspecting Firewall", tunnel.Pin(inspected.Leaf), "opens TLS", "trust_interception"}},
 		"an inspector whose authority is absent": {TLSConfig{Pins: []string{pin}, Roots: ours.pool(), Inspectors: []string{"Inspecting Firewall"}}, inspected, false, []string{"trust_interception", "ca_file"}},
+		"a named inspector's, not for servers":   {TLSConfig{Pins: []string{pin}, Roots: foreign.pool(), Inspectors: []string{"Inspecting Firewall"}}, unfit, false, []string{"trust_interception", "names it", "incompatible key usage"}},
 		"no pin, its own roots":                  {TLSConfig{Roots: ours.pool()}, good, true, nil},
 		"no pin, other roots":                    {TLSConfig{Roots: foreign.pool()}, good, false, nil},
 		"no pin, the system's roots":             {TLSConfig{}, good, false, nil},
