@@ -28,6 +28,8 @@ type Outcome struct {
 	Code   tunnel.Code `json:"code,omitempty"`
 	Says   string      `json:"says"`         // one sentence
 	Do     string      `json:"do,omitempty"` // what to do about it
+
+	via string // the proxy that has let a connection through
 }
 
 // A Step is one that was taken.
@@ -123,6 +125,7 @@ type run struct {
 	addrs  []netip.Addr
 
 	tcpOK, tlsOK, udpOK bool
+	via                 string // the proxy that TCP goes through; empty: none
 	tls                 verdict
 	skew                time.Duration // of our clock: the cloud proxy's less ours
 	skewKnown           bool
@@ -185,7 +188,7 @@ func (r *run) network(ctx context.Context) {
 	} else {
 		r.step(StepProxy, "enterprise proxy", func() Outcome {
 			o := r.cfg.Proxy(ctx)
-			r.tcpOK = o.Status == Good || o.Status == Degraded
+			r.tcpOK, r.via = o.Status == Good || o.Status == Degraded, o.via
 			return o
 		})
 	}

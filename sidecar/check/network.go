@@ -210,6 +210,9 @@ func (r *run) noTLS(err error) Outcome {
 		o.Code = tunnel.CaptivePortal
 		o.Says = fmt.Sprintf("%s answers with a web page where TLS is spoken: a captive portal, or a proxy that does not know this address", r.cfg.Address)
 		o.Do = signIn
+	case errors.As(err, &record) && r.via != "": // such as a page of its own behind a 200
+		o.Says = fmt.Sprintf("%s says that it has connected to %s, and what comes then is not TLS", r.via, r.cfg.Address)
+		o.Do = "have IT allow CONNECT to the cloud proxy, without inspection or a page in its place; else check cloud_proxy.address and its port"
 	case errors.As(err, &record):
 		o.Says = fmt.Sprintf("what answers at %s does not speak TLS", r.cfg.Address)
 		o.Do = "check cloud_proxy.address and its port, and whether the network redirects it"
@@ -441,7 +444,7 @@ func ProxyOutcome(via string, err error) Outcome {
 	case err == nil && via == "":
 		return Outcome{Status: Good, Says: "none is in the way to the cloud proxy"}
 	case err == nil:
-		return Outcome{Status: Good, Says: via + " connects to the cloud proxy"}
+		return Outcome{Status: Good, Says: via + " connects to the cloud proxy", via: via}
 	case code == tunnel.ProxyAuthRequired:
 		return Outcome{Status: Failed, Code: code, Says: tunnel.Sentence(err), Do: "set proxy.user and proxy.password_file to what the proxy accepts, or have IT let this machine through without"}
 	case errors.Is(err, tunnel.CaptivePortal):

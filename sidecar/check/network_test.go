@@ -94,6 +94,32 @@ func TestAProxyThatSendsToASignInPage(t *testing.T) {
 	}
 }
 
+// Some answer 200 to every CONNECT, and show the page that says no inside.
+func TestAPageBehindAProxysYesIsTheProxys(t *testing.T) {
+	for via, want := range map[string]string{"the proxy http://proxy.example:3128": "the proxy http://proxy.example:3128 says that it has connected", "": "what answers at cloud.example.net:443"} {
+		page := func(context.Context, string, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			go func() {
+				defer far.Close()
+				far.Read(make([]byte, 4096))
+				io.WriteString(far, "<html>blocked</html>")
+			}()
+			return near, nil
+		}
+		r := Run(t.Context(), Config{
+			Address: "cloud.example.net:443", TLS: &tls.Config{}, Mode: tunnel.ModeTCP, Setup: Outcome{Status: Good},
+			Lookup: func(context.Context, string) ([]netip.Addr, error) {
+				return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil
+			},
+			Proxy:  func(context.Context) Outcome { return ProxyOutcome(via, nil) },
+			Direct: page, Through: page,
+		})
+		if r.Verdict != Failed || !strings.Contains(r.Sentence, want) || strings.Contains(r.Next, "CONNECT") != (via != "") {
+			t.Errorf("via %q: %s; %s", via, r.Sentence, r.Next)
+		}
+	}
+}
+
 // It let the first connection through, and not the second: that is not the far end's fault.
 func TestAProxyThatChangesItsMindIsNamed(t *testing.T) {
 	refusal := tunnel.Errorf(tunnel.ProxyAuthRequired, "the proxy does not accept this password")

@@ -157,7 +157,7 @@ func (t *talk) ask(address, authorization string) (*http.Response, error) {
 	err := req.Write(t.conn.Conn)
 	var res *http.Response
 	for i := 0; err == nil && i < maxInterim; i++ {
-		if res, err = http.ReadResponse(t.br, req); err == nil && res.StatusCode/100 != 1 {
+		if res, err = http.ReadResponse(t.br, req); err == nil && (res.StatusCode/100 != 1 || res.StatusCode == http.StatusSwitchingProtocols) { // a 101 is final
 			return res, nil
 		}
 	}

@@ -361,6 +361,7 @@ func TestWhatAProxyAnswersBecomesASentence(t *testing.T) {
 		"a line of 50 KB":    {"SSH-2.0-" + strings.Repeat("x", 50000) + "\r\n", tunnel.CloudUnreachable, "no answer that HTTP knows"},
 		"a head of 100 KiB":  {endless, tunnel.CloudUnreachable, "no answer that HTTP knows"},
 		"a malformed line":   {"HTTP/1.1 302 Found\r\nLocation: http://portal/\x1b?session=secret\r\n\r\n", tunnel.CloudUnreachable, "malformed line"},
+		"another protocol":   {"HTTP/1.1 101 Switching Protocols\r\n\r\n", tunnel.NotPermitted, "101 Switching Protocols"},
 		"interim for ever":   {strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 50), tunnel.CloudUnreachable, "no answer that HTTP knows"},
 	} {
 		t.Run(name, func(t *testing.T) {

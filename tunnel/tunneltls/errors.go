@@ -55,7 +55,7 @@ func dialError(address string, err error) error {
 		// so there itself.
 		return tunnel.Errorf(tunnel.CloudUnreachable, "what answers at %s is not a Culvert cloud proxy; check the address, the port and alpn: %w", address, err)
 	case errors.As(err, &record):
-		return tunnel.Errorf(tunnel.CloudUnreachable, "what answers at %s does not speak TLS; check the port, or whether the network redirects it: %w", address, err)
+		return tunnel.Errorf(tunnel.CloudUnreachable, "what answers at %s does not speak TLS; check the port, and whether the network redirects it or a proxy shows a page in its place: %w", address, err)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return tunnel.Errorf(tunnel.CloudUnreachable, "nothing listens at %s; check that the cloud proxy runs and the port is right: %w", address, err)
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.ETIMEDOUT):
