@@ -84,6 +84,13 @@ func resolver(mark uint32) *net.Resolver {
 	return capture.Resolver(mark)
 }
 
+func failure(err error) error {
+	if errors.As(err, new(*goja.StackOverflowError)) { // its text says nothing
+		return fmt.Errorf("the PAC file fails: a function calls itself more than %d times", maxDepth)
+	}
+	return fmt.Errorf("the PAC file fails: %w", err)
+}
+
 // find asks the script. Of the URL it is given the scheme and the host alone, as
 // browsers do with https.
 func find(ctx context.Context, script, host string, w world) (answer string, err error) {
@@ -96,7 +103,7 @@ func find(ctx context.Context, script, host string, w world) (answer string, err
 		}
 	}
 	if _, err := vm.RunString(script); err != nil {
-		return "", fmt.Errorf("the PAC file fails: %w", err)
+		return "", failure(err)
 	}
 	ask, ok := goja.AssertFunction(vm.Get("FindProxyForURL"))
 	if !ok {
@@ -108,7 +115,7 @@ func find(ctx context.Context, script, host string, w world) (answer string, err
 	}
 	value, err := ask(goja.Undefined(), vm.ToValue(url), vm.ToValue(host))
 	if err != nil {
-		return "", fmt.Errorf("the PAC file fails: %w", err)
+		return "", failure(err)
 	}
 	if goja.IsNull(value) || goja.IsUndefined(value) {
 		return "DIRECT", nil

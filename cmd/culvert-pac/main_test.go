@@ -121,6 +121,20 @@ func TestWhatAScriptIsToldAndAnswers(t *testing.T) {
 	}
 }
 
+func TestWhyAScriptFailsIsSaid(t *testing.T) {
+	for script, want := range map[string]string{
+		`function FindProxyForURL() { return FindProxyForURL(); }`: "calls itself more than 1000 times",
+		`(function f() { f(); })();`:                               "calls itself more than 1000 times",
+		`function FindProxyForURL() { for (;;); }`:                 "takes too long",
+		`function FindProxyForURL() { return gone(); }`:            "gone is not defined",
+		`<html>`: "SyntaxError",
+	} {
+		if _, err := asked(t, script, "cloud.example"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", script, err)
+		}
+	}
+}
+
 // program builds this command.
 func program(t *testing.T) string {
 	t.Helper()
